@@ -1,0 +1,129 @@
+"""n-gram memory: Engram (paper, section 2) and OverEncoding, the paper's baseline.
+
+    e_t = concat over orders n and heads k of E_{n,k}[z_{t,n,k}]                     Eq. 1-2
+    k_t = W_K e_t,  v_t = W_V e_t                                                    Eq. 3
+    alpha_t = sigmoid(<RMSNorm(h_t), RMSNorm(k_t)> / sqrt(d))                        Eq. 4
+    Y = SiLU(Conv1D(RMSNorm(alpha v))) + alpha v                                     Eq. 5
+
+With M residual streams, keys and norms are one per stream, tables and the value are shared (Eq. 6). Two deviations
+from the printed text follow DeepSeek's own code: the gate's score passes a signed square root, and projections have no
+bias. Eq. 4 as printed is `gate="sigmoid"`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram.config import ModelConfig, OverEncodingConfig, TableConfig
+from engram.norm import RMSNorm
+
+
+class NgramTables(nn.Module):
+    """The tables of one layer, stacked into one so that all lookups are one."""
+
+    def __init__(self, config: TableConfig, layer: int) -> None:
+        super().__init__()
+        self.table_SP = nn.Parameter(torch.empty(sum(config.n_slots[layer]), config.d_row))
+        self.sparse_grad = False
+        """Set where the optimiser updates only the rows looked up."""
+
+    def forward(self, rows_BTG: Tensor) -> Tensor:
+        """Return e_BTQ, the concatenated rows; Q = G * P = d_mem."""
+        return F.embedding(rows_BTG, self.table_SP, sparse=self.sparse_grad).flatten(-2)
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise, causal and dilated: y_t = sum_j w_j * x_{t - j * dilation}. Zero at initialisation."""
+
+    def __init__(self, n_streams: int, d_model: int, kernel: int, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.conv_JMD = nn.Parameter(torch.empty(kernel, n_streams, d_model))
+
+    def forward(self, x_BTMD: Tensor, documents_BT: Tensor | None) -> Tensor:
+        y_BTMD = x_BTMD * self.conv_JMD[0]
+        for j in range(1, len(self.conv_JMD)):
+            back = j * self.dilation
+            if back >= x_BTMD.shape[1]:
+                break
+            earlier_BTMD = x_BTMD[:, :-back] * self.conv_JMD[j]
+            if documents_BT is not None:
+                same_BT = documents_BT[:, back:] == documents_BT[:, :-back]
+                earlier_BTMD = earlier_BTMD * same_BT[:, :, None, None]
+            y_BTMD = y_BTMD + F.pad(earlier_BTMD, (0, 0, 0, 0, back, 0))
+        return y_BTMD
+
+
+class Engram(nn.Module):
+    """One memory layer: look up, gate by the hidden state, convolve."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        engram = config.engram
+        assert engram is not None
+        M, D, Q = config.n_streams, config.d_model, engram.tables.d_mem
+        self.gate = engram.gate
+        self.tables = NgramTables(engram.tables, layer)
+        self.w_value_DQ = nn.Parameter(torch.empty(D, Q))
+        if self.gate != "none":
+            self.w_key_MDQ = nn.Parameter(torch.empty(M, D, Q))
+            self.norm_query = RMSNorm(M, D, eps=config.norm_eps)
+            self.norm_key = RMSNorm(M, D, eps=config.norm_eps)
+        self.conv = None
+        if engram.conv_kernel > 0:
+            self.norm_conv = RMSNorm(M, D, eps=config.norm_eps)
+            self.conv = ShortConvolution(M, D, engram.conv_kernel, dilation=max(engram.tables.ngram_orders))
+
+    def forward(self, h_BTMD: Tensor, rows_BTG: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """Return what is added to every stream, [B, T, M, D].
+
+        Args:
+            h_BTMD: residual streams before attention.
+            rows_BTG: row ids from `NgramHasher`.
+            documents_BT: document numbers that the convolution must not cross; None lets it.
+        """
+        # Eq. 1-2
+        e_BTQ = self.tables(rows_BTG)
+
+        # Eq. 3, the value shared by all streams
+        v_BT1D = F.linear(e_BTQ, self.w_value_DQ)[:, :, None]
+
+        # Eq. 4 and 6
+        u_BTMD = v_BT1D.expand_as(h_BTMD) if self.gate == "none" else self._gate(h_BTMD, e_BTQ) * v_BT1D
+
+        # Eq. 5
+        if self.conv is None:
+            return u_BTMD
+        return F.silu(self.conv(self.norm_conv(u_BTMD), documents_BT)) + u_BTMD
+
+    def _gate(self, h_BTMD: Tensor, e_BTQ: Tensor) -> Tensor:
+        """alpha [B, T, M, 1]."""
+        k_BTMD = F.linear(e_BTQ, self.w_key_MDQ.flatten(0, 1)).unflatten(-1, h_BTMD.shape[2:])
+        s_BTM1 = (self.norm_query(h_BTMD) * self.norm_key(k_BTMD)).sum(-1, keepdim=True) / math.sqrt(h_BTMD.shape[-1])
+        if self.gate == "signed_sqrt":
+            # The clamp keeps the root's gradient finite at zero, as in the demo and in DeepSeek-V4.1.
+            s_BTM1 = s_BTM1.sign() * s_BTM1.abs().clamp_min(1e-6).sqrt()
+        return s_BTM1.sigmoid()
+
+
+class OverEncoding(nn.Module):
+    """n-gram embeddings averaged into the input embedding: (E[x_t] + sum_n W_n e_{t,n}) / (1 + number of orders).
+
+    The tables, hash and budget are Engram's, so that the two differ only in where and how memory enters.
+    """
+
+    def __init__(self, config: OverEncodingConfig, d_model: int) -> None:
+        super().__init__()
+        n_orders = len(config.tables.ngram_orders)
+        self.tables = NgramTables(config.tables, layer=0)
+        self.w_up_ODQ = nn.Parameter(torch.empty(n_orders, d_model, config.tables.d_mem // n_orders))
+
+    def forward(self, x_BTD: Tensor, rows_BTG: Tensor) -> Tensor:
+        n_orders, d_model, _ = self.w_up_ODQ.shape
+        # Side by side, the W_n are one matrix over the concatenated orders: their sum is one product.
+        w_DQ = self.w_up_ODQ.transpose(0, 1).reshape(d_model, -1)
+        return (x_BTD + F.linear(self.tables(rows_BTG), w_DQ)) / (1 + n_orders)

@@ -1,0 +1,144 @@
+"""DeepSeekMoE with loss-free balancing (arXiv 2401.06066, 2412.19437, 2408.15664).
+
+    s = sigmoid(W_r x)                    scores, fp32
+    chosen = top_k(s + b)                 the balancing bias b chooses but does not weigh
+    g = scale * s_chosen / sum s_chosen   weights
+    y = shared(x) + sum_chosen g_e expert_e(x)
+
+The bias moves outside the model, in training only (`engram.optim.update_router_biases`), from the load counters that
+the router fills in training only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram.config import MoEConfig
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_hidden, bias=False)
+        self.up = nn.Linear(d_model, d_hidden, bias=False)
+        self.down = nn.Linear(d_hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Router(nn.Module):
+    """Chooses top_k experts a token and weighs them."""
+
+    bias_E: Tensor
+    load_E: Tensor
+
+    def __init__(self, d_model: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.route_scale = config.route_scale
+        self.router_ED = nn.Parameter(torch.empty(config.n_routed_experts, d_model))
+        self.register_buffer("bias_E", torch.zeros(config.n_routed_experts))
+        self.register_buffer("load_E", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights [N, K] in fp32 and expert ids [N, K]."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores_NE = F.linear(x_ND.float(), self.router_ED).sigmoid()
+        expert_ids_NK = (scores_NE + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
+        scores_NK = scores_NE.gather(-1, expert_ids_NK)
+        if self.training:
+            self.load_E += torch.bincount(expert_ids_NK.flatten(), minlength=len(self.load_E))
+        return self.route_scale * scores_NK / scores_NK.sum(-1, keepdim=True), expert_ids_NK
+
+
+class RoutedExperts(nn.Module):
+    """A stack of SwiGLU experts. `grouped` and the plain `loop` compute the same sum; the choice is speed."""
+
+    def __init__(self, d_model: int, config: MoEConfig) -> None:
+        super().__init__()
+        E, F_ = config.n_routed_experts, config.d_expert
+        self.w_gate_EFD = nn.Parameter(torch.empty(E, F_, d_model))
+        self.w_up_EFD = nn.Parameter(torch.empty(E, F_, d_model))
+        self.w_down_EDF = nn.Parameter(torch.empty(E, d_model, F_))
+        self.backend: Literal["grouped", "loop"] = "grouped"
+
+    def forward(self, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
+        dtype = self.w_gate_EFD.dtype
+        # grouped_mm is not on autocast's list. On CPUs it stays in fp32: its bf16 kernels are compiled for every new
+        # number of tokens an expert gets, which takes three times as long as the step.
+        if x_ND.device.type != "cpu" and torch.is_autocast_enabled(x_ND.device.type):
+            dtype = torch.get_autocast_dtype(x_ND.device.type)
+        x_ND, *weights = (t.to(dtype) for t in (x_ND, self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF))
+        backend = experts_grouped if self.backend == "grouped" else experts_loop
+        return backend(x_ND, weights_NK, expert_ids_NK, *weights)
+
+
+def experts_loop(
+    x_ND: Tensor, g_NK: Tensor, ids_NK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """The plain reference: expert after expert.
+
+    `unbind` matters: indexing W[e] in a loop makes the backward build a full-size gradient per expert.
+    """
+    y_ND = torch.zeros_like(x_ND)
+    experts = zip(gate_EFD.unbind(), up_EFD.unbind(), down_EDF.unbind(), strict=True)
+    for e, (gate_FD, up_FD, down_DF) in enumerate(experts):
+        tokens, choice = torch.where(ids_NK == e)
+        x = x_ND[tokens]
+        out = F.linear(F.silu(F.linear(x, gate_FD)) * F.linear(x, up_FD), down_DF)
+        y_ND = y_ND.index_add(0, tokens, (out * g_NK[tokens, choice, None]).to(y_ND.dtype))
+    return y_ND
+
+
+def experts_grouped(
+    x_ND: Tensor, g_NK: Tensor, ids_NK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Tokens sorted by expert, one grouped matrix product a projection."""
+    order_R, ends_E = _sort_by_expert(ids_NK, len(gate_EFD))
+    x_RD = x_ND.index_select(0, order_R // ids_NK.shape[1])
+    ends = ends_E.to(torch.int32)
+    h_RF = F.silu(F.grouped_mm(x_RD, gate_EFD.transpose(-2, -1), offs=ends))
+    h_RF = h_RF * F.grouped_mm(x_RD, up_EFD.transpose(-2, -1), offs=ends)
+    out_RD = F.grouped_mm(h_RF, down_EDF.transpose(-2, -1), offs=ends)
+    return _weighted_sum(out_RD.index_select(0, _inverse(order_R)), g_NK)
+
+
+def _sort_by_expert(ids_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Order of the routed tokens by expert, and where each expert's share ends."""
+    ids_R = ids_NK.flatten()
+    return ids_R.argsort(stable=True), torch.bincount(ids_R, minlength=n_experts).cumsum(0)
+
+
+def _inverse(order_R: Tensor) -> Tensor:
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+
+
+def _weighted_sum(out_RD: Tensor, g_NK: Tensor) -> Tensor:
+    """sum_k g_k out_k; a batched product sums in fp32 and writes no [N, K, D] copy."""
+    out_NKD = out_RD.unflatten(0, g_NK.shape)
+    return (g_NK.to(out_RD.dtype)[:, None] @ out_NKD)[:, 0]
+
+
+class MoE(nn.Module):
+    """Shared experts, always on, plus the routed ones."""
+
+    def __init__(self, d_model: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.router = Router(d_model, config)
+        self.experts = RoutedExperts(d_model, config)
+        # The shared experts are one SwiGLU of their summed width: the same function, one product less.
+        self.shared = SwiGLU(d_model, config.d_shared) if config.d_shared > 0 else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        y_ND = self.experts(x_ND, *self.router(x_ND))
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND.view_as(x_BTD)

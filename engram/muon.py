@@ -1,0 +1,71 @@
+"""Muon (Jordan 2024): momentum, orthogonalised by a Newton-Schulz iteration, with Moonlight's scale (arXiv 2502.16982).
+
+    m <- mu m + g                      momentum, Nesterov: u = g + mu m
+    O = NewtonSchulz(u)                near U V^T of u's singular value decomposition
+    W <- W - lr (0.2 sqrt(max(a, b)) O + weight_decay W)
+
+The scale gives O the root mean square of an AdamW update, so that both share learning rate and weight decay. As in
+`torch.optim.Muon`, which takes 2-D weights only, momentum is an average (weights mu and 1 - mu): its scale cancels.
+
+Matrices of equal shape go through one batched iteration, stacks of experts with them: a hundred small experts one by
+one cost as much as half of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_STEPS = 5
+_EPS = 1e-7
+
+
+class Muon(Optimizer):
+    """Muon for matrices [a, b] and stacks of matrices [n, a, b]; a stack is n independent matrices."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None, "closures are not used"
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape[tuple(weight.shape[-2:])].append((weight, self._nesterov(weight, group["momentum"])))
+            for shape, pairs in by_shape.items():
+                stacks = [update.reshape(-1, *shape) for _, update in pairs]
+                orthogonal = newton_schulz(torch.cat(stacks))
+                scale = 0.2 * max(shape) ** 0.5
+                for (weight, _), update in zip(pairs, orthogonal.split([len(s) for s in stacks]), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update.view_as(weight).to(weight.dtype), alpha=-group["lr"] * scale)
+
+    def _nesterov(self, weight: Tensor, momentum: float) -> Tensor:
+        grad = weight.grad
+        assert grad is not None
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        state["momentum"].lerp_(grad, 1 - momentum)
+        return grad.lerp(state["momentum"], momentum)
+
+
+def newton_schulz(G: Tensor) -> Tensor:
+    """Orthogonalise a stack of matrices [n, a, b] approximately, in bf16: singular values end between 0.7 and 1.2."""
+    X = G.to(torch.bfloat16)
+    tall = X.shape[-2] > X.shape[-1]
+    if tall:
+        X = X.mT
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(_EPS)
+    for _ in range(_STEPS):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=_B, alpha=_C), X, beta=_A)
+    return X.mT if tall else X

@@ -1,0 +1,173 @@
+"""A run's directory: identity, ownership, logs and state. States follow from files; there is no database.
+
+config.yaml       the Run (spec and labels), written once, compared on every start
+attempts.jsonl    one line when a process starts, one when it stops without finishing
+metrics.jsonl     deterministic quantities only: equal to the byte for equal runs
+timing.jsonl      clock readings; never compared
+checkpoint.pt     replaced atomically
+train.log         what a worker printed
+final.json        written last, atomically: "status", "result", "cost"
+LOCK              held by flock while a process works; never deleted
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.settings import Run, UserError, load_run, save_run
+
+State = Literal["planned", "running", "interrupted", "failed", "diverged", "final"]
+
+
+class RunBusy(Exception):
+    """Another process works on this run."""
+
+
+class RunDir:
+    """Paths and facts of one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, runs_dir: Path, run: Run) -> RunDir:
+        """Make the directory of a run, or check that the one there is this run's.
+
+        Raises:
+            UserError: the directory holds another spec.
+        """
+        here = cls(runs_dir / run.spec.run_id)
+        config = here.path / "config.yaml"
+        if config.exists():
+            if load_run(config).spec != run.spec:
+                raise UserError(f"{here.path} holds another run than its name says: move it away and launch again")
+            return here
+        here.path.mkdir(parents=True, exist_ok=True)
+        draft = here.path / f"config.yaml.{os.getpid()}"
+        save_run(run, draft)
+        draft.replace(config)
+        return here
+
+    def load(self) -> Run:
+        """Read config.yaml and check that the directory bears the run's name.
+
+        Raises:
+            UserError: no run here, or a spec that does not hash to the directory's name.
+        """
+        config = self.path / "config.yaml"
+        if not config.is_file():
+            raise UserError(f"no run in {self.path}: it has no config.yaml")
+        run = load_run(config)
+        if run.spec.run_id != self.path.name:
+            raise UserError(
+                f"{self.path}: config.yaml describes run {run.spec.run_id}; it was edited or moved. "
+                "Start another run with overrides instead of editing one"
+            )
+        return run
+
+    @contextmanager
+    def owned(self, patience_s: float = 2.0) -> Iterator[None]:
+        """Hold the run's lock.
+
+        Args:
+            patience_s: how long to try; `is_locked` holds the lock for an instant, which must not turn a worker away.
+
+        Raises:
+            RunBusy: another process holds it.
+        """
+        give_up = time.monotonic() + patience_s
+        with open(self.path / "LOCK", "a") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= give_up:
+                        raise RunBusy(f"{self.path.name} is being trained by another process") from None
+                    time.sleep(0.1)
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a process works on the run now."""
+        try:
+            with self.owned(patience_s=0):
+                return False
+        except FileNotFoundError:
+            return False
+        except RunBusy:
+            return True
+
+    def state(self) -> State:
+        """Where the run stands."""
+        final = self.final()
+        if final is not None:
+            return "diverged" if final["status"] == "diverged" else "final"
+        if not (self.path / "attempts.jsonl").exists():
+            return "planned"
+        if self.is_locked():
+            return "running"
+        last = last_line(self.path / "attempts.jsonl") or {}
+        return "failed" if last.get("event") == "failed" else "interrupted"
+
+    def final(self) -> dict[str, Any] | None:
+        """final.json, if the run is done."""
+        try:
+            return dict(json.loads((self.path / "final.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write_final(self, final: dict[str, Any]) -> None:
+        """Write final.json at once and whole."""
+        draft = self.path / "final.json.part"
+        draft.write_text(json.dumps(final, indent=1, allow_nan=False) + "\n")
+        draft.replace(self.path / "final.json")
+
+    def note_attempt(self, event: Literal["start", "interrupted", "failed"], **facts: Any) -> None:
+        """Append to attempts.jsonl."""
+        line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | facts
+        with open(self.path / "attempts.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def attempts(self) -> int:
+        """Processes that have worked on the run so far."""
+        path = self.path / "attempts.jsonl"
+        return path.read_text().count('"event": "start"') if path.exists() else 0
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a JSON-lines file; a line still being written is passed over."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    return dict(json.loads(lines[-1])) if lines else None
+
+
+def provenance() -> dict[str, Any]:
+    """What produced a result: code, machine, command."""
+    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit or "unknown",
+        "dirty": bool(dirty),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "pid": os.getpid(),
+    }
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

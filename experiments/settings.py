@@ -1,0 +1,243 @@
+"""What a run is (RunSpec, hashed), how it is run (Runtime, never hashed), and budgets read from YAML.
+
+The only file that knows OmegaConf. Precedence: dataclass defaults, then the budget's YAML, then `key=value` overrides.
+Everything becomes a frozen dataclass at once, so that unknown keys, wrong types and impossible values are refused
+before any work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from engram.config import EngramConfig, ModelConfig, OptimConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_BUDGET = "cpu-small"
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line, exit code 2, no traceback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text a budget trains on. `experiments.corpus` turns it into shards with a manifest."""
+
+    corpus: str = "python"
+    """A named source (see `python -m experiments data --help`), or the path of a file or folder of text."""
+    tokenizer: str = "bpe"
+    """`bpe` trains a byte-level BPE of `vocab_size` on the corpus; else a path or a hub name."""
+    vocab_size: int = 4096
+    max_bytes: int = 0
+    """Upper bound on the training text in bytes; 0 takes all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, precision, evaluation and optimiser of a run: the same for every arm of a study."""
+
+    tokens: int
+    batch_tokens: int
+    """Tokens of one optimiser step."""
+    seq_len: int
+    optim: OptimConfig
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16` is autocast: fp32 weights, bf16 matrix products."""
+    eval_tokens: int = 131_072
+    """Validation tokens, always the same ones, in whole sequences."""
+    eval_every: int = 0
+    """Steps between validations; 0 validates at the end only."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1 or self.batch_tokens % self.seq_len != 0:
+            raise ValueError(f"{self.batch_tokens=} must be a multiple of {self.seq_len=}")
+        if self.tokens < self.batch_tokens:
+            raise ValueError(f"{self.tokens=} is less than one step of {self.batch_tokens=}")
+        if self.eval_tokens < self.seq_len:
+            raise ValueError(f"{self.eval_tokens=} is less than one sequence of {self.seq_len=}")
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything that decides a run's result, and nothing else. Its hash is the run's name."""
+
+    seed: int
+    model: ModelConfig
+    train: TrainConfig
+    data: str
+    """sha256 of the data manifest."""
+    schema: int = 1
+    """Raised when a change of code changes results for an equal spec."""
+
+    @property
+    def run_id(self) -> str:
+        """`r` and ten hex digits; the letter keeps YAML and OmegaConf from reading the name as a number."""
+        return "r" + hashlib.sha256(canonical(self).encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What a run is for: written beside the spec, never hashed, so that suites can share runs."""
+
+    budget: str
+    arm: str
+    """allocation, dense, module-only, random-ids, over-encoding, or an ablation's name."""
+    mode: Literal["paper", "strict"] = "paper"
+    rho_target: float | None = None
+    rho: float | None = None
+    """Realised: (n_routed - top_k) / (n_routed at rho 1 - top_k)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One line of a suite."""
+
+    spec: RunSpec
+    labels: Labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and how runs are worked on; never changes which run it is."""
+
+    runs_dir: str = "results/runs"
+    data_dir: str = "data"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 0
+    """Runs trained side by side; 0 is one per GPU, or one per core."""
+    threads: int = 1
+    """CPU threads of one run. Two runs of one thread beat one run of two at laptop sizes."""
+    micro_batch_tokens: int = 0
+    """Tokens of one forward and backward; 0 takes the whole step's batch."""
+    checkpoint_every_s: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A named study: backbone at rho = 1, memory template, training length, and the grid."""
+
+    name: str
+    about: str
+    backbone: ModelConfig
+    engram: EngramConfig
+    """Template: tables.n_slots stays empty, allocation sizes it."""
+    train: TrainConfig
+    data: DataConfig
+    rhos: tuple[float, ...]
+    suite: str = "allocation"
+    """What `plan` and `launch` take when no suite is named."""
+    seeds: tuple[int, ...] = (0, 1)
+    controls: tuple[Literal["dense", "module-only", "random-ids", "strict", "over-encoding"], ...] = (
+        "dense",
+        "module-only",
+        "random-ids",
+        "strict",
+    )
+    """Arms that the allocation suite runs beside the curve."""
+    control_rho: float = 0.8
+    """rho of `random-ids`, `strict` and `over-encoding`, and of the Engram of `baselines`."""
+    large_memory_factor: float = 3.2
+    """Slots of the larger Engram of `baselines` (Engram-40B holds 3.2 times Engram-27B's)."""
+    flops_per_s: float = 320e12
+    """Sustained speed that `plan` turns FLOPs into hours with: 40 percent of 800 TFLOP/s unless the budget is for CPUs."""
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def __post_init__(self) -> None:
+        if self.backbone.moe is None or self.backbone.memory is not None:
+            raise ValueError("a budget's backbone is the pure MoE of rho = 1: it needs moe and no memory")
+        if bad := [rho for rho in self.rhos if not 0 <= rho <= 1]:
+            raise ValueError(f"rhos must lie in [0, 1], not {bad}")
+
+
+def canonical(value: Any) -> str:
+    """One string per meaning: keys sorted, None dropped, so that a new optional field keeps old names."""
+    plain = asdict(value) if not isinstance(value, dict) else value
+    return json.dumps(_without_none(plain), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(v) for v in value]
+    return value
+
+
+def budget_names() -> list[str]:
+    """Budgets that come with the suite."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load_budget(name: str, overrides: Sequence[str] = ()) -> Budget:
+    """Read a budget by name, or by the path of a YAML file, and apply `key=value` overrides.
+
+    Raises:
+        UserError: unknown budget, unknown key, wrong type, or a value that a dataclass refuses.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no budget {name!r}: choose one of {', '.join(budget_names())}, or give a YAML file's path")
+    if bad := [o for o in overrides if "=" not in o or o.startswith("-") or o != o.replace(" =", "=")]:
+        raise UserError(f"overrides look like train.tokens=100000, not {' '.join(bad)}")
+    try:
+        layers = [
+            OmegaConf.structured(Budget),
+            OmegaConf.create({"name": path.stem}),
+            OmegaConf.load(path),
+            OmegaConf.from_dotlist(list(overrides)),
+        ]
+        budget = OmegaConf.to_object(OmegaConf.merge(*layers))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"budget {name}: {_one_line(error)}") from error
+    assert isinstance(budget, Budget)
+    return budget
+
+
+def load_runtime(overrides: Sequence[str]) -> Runtime:
+    """Read a worker's `key=value` settings.
+
+    Raises:
+        UserError: unknown key or wrong type.
+    """
+    try:
+        layers = OmegaConf.merge(OmegaConf.structured(Runtime), OmegaConf.from_dotlist(list(overrides)))
+        runtime = OmegaConf.to_object(layers)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"runtime settings: {_one_line(error)}") from error
+    assert isinstance(runtime, Runtime)
+    return runtime
+
+
+def save_run(run: Run, path: Path) -> None:
+    """Write a run as YAML; `load_run` gives an equal object back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+
+
+def load_run(path: Path) -> Run:
+    """Read what `save_run` wrote.
+
+    Raises:
+        UserError: the file is not a run of this version.
+    """
+    try:
+        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    assert isinstance(run, Run)
+    return run
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

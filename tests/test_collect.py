@@ -1,0 +1,186 @@
+"""If these fail, results/runs.csv may lose, alter or mix up runs, or say things that its data dictionary does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.__main__ import main
+from analysis.collect import COLUMNS, collect, read_table, write_atomically, write_table
+from analysis.errors import BadFile, UserError
+
+ROOT = Path(__file__).parent.parent
+AWKWARD = 0.1 + 0.2
+"""Needs 17 digits: 0.30000000000000004."""
+
+
+def write_run(runs: Path, run_id: str, status: str = "final", **changes: Any) -> Path:
+    """Write a finished run as training does, with some fields changed; None leaves a field out."""
+    result = {"run_id": run_id, "schema": 1, "budget": "b", "arm": "allocation", "mode": "paper", "rho_target": 0.8}
+    result |= {"rho": 0.8, "seed": 0, "P_tot": 2_612_000, "P_act": 262_000, "flops": 2e20, "valid_loss": 4.25} | changes
+    cost = {"seconds": 12.5, "device": "cpu", "attempts": 1, "commit": "0012e45", "dirty": False, "python": "3.10"}
+    path = runs / run_id / "final.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        json.dumps({"status": status, "result": {k: v for k, v in result.items() if v is not None}, "cost": cost})
+    )
+    return path
+
+
+def test_a_table_reads_back_equal(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra", valid_loss=AWKWARD)
+    write_run(tmp_path, "rb", arm="dense", rho=None, rho_target=None)
+    write_run(tmp_path, "rc", status="diverged", valid_loss=None, seed=1)
+    table = collect(tmp_path)
+    write_table(table, tmp_path / "runs.csv")
+    again = read_table(tmp_path / "runs.csv")
+    pd.testing.assert_frame_equal(again, table, check_exact=True)
+    assert again["valid_loss"][0] == AWKWARD
+    assert again["flops"][0] == 2e20
+    assert again["commit"][0] == "0012e45"
+    assert again["python"][0] == "3.10"
+
+
+def test_every_float_reads_back_as_the_same_number(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra")
+    losses = np.random.default_rng(0).lognormal(0, 9, 3000)
+    table = pd.concat([collect(tmp_path)] * len(losses), ignore_index=True).assign(valid_loss=losses)
+    write_table(table, tmp_path / "runs.csv")
+    np.testing.assert_array_equal(read_table(tmp_path / "runs.csv")["valid_loss"], losses)
+
+
+def test_columns_come_in_the_listed_order_with_unknown_ones_last(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra", zebra=1, apple=[1, 2])
+    table = collect(tmp_path)
+    assert list(table.columns) == [*COLUMNS, "apple", "zebra"]
+    assert table["apple"][0] == "[1,2]"
+
+
+def test_rows_are_sorted_and_bytes_do_not_depend_on_the_order_of_writing(tmp_path: Path) -> None:
+    runs = [("ra", 1.0, 1), ("rb", 0.5, 1), ("rc", 1.0, 0), ("rd", 0.5, 0)]
+    texts = []
+    for name, order in (("one", runs), ("two", runs[::-1])):
+        for run_id, rho, seed in order:
+            write_run(tmp_path / name, run_id, rho=rho, seed=seed)
+        write_table(collect(tmp_path / name), tmp_path / f"{name}.csv")
+        texts.append((tmp_path / f"{name}.csv").read_bytes())
+    assert texts[0] == texts[1]
+    assert read_table(tmp_path / "one.csv")["run_id"].tolist() == ["rd", "rb", "rc", "ra"]
+
+
+def test_a_run_without_final_json_is_not_a_row(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra")
+    (tmp_path / "rb").mkdir()
+    (tmp_path / "rb" / "metrics.jsonl").write_text("{}\n")
+    assert collect(tmp_path)["run_id"].tolist() == ["ra"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"status": "final", "resu', "torn or not JSON"),
+        ("[1, 2]", "not written by this suite"),
+        ('{"status": "final", "result": {}}', "not written by this suite"),
+        ('{"status": "running", "result": {}, "cost": {}}', "status is 'running'"),
+        ('{"status": "final", "result": {"run_id": "ra"}, "cost": {}}', "lacks budget, arm, mode, seed"),
+    ],
+    ids=["torn", "list", "no cost", "status", "fields"],
+)
+def test_a_torn_or_foreign_final_json_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "ra").mkdir()
+    (tmp_path / "ra" / "final.json").write_text(text)
+    with pytest.raises(BadFile, match=f"ra.final.json.*{re.escape(message)}"):
+        collect(tmp_path)
+
+
+def test_a_final_run_without_a_finite_loss_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra", valid_loss=float("nan"))
+    with pytest.raises(BadFile, match="needs a finite valid_loss, not nan"):
+        collect(tmp_path)
+
+
+def test_a_copied_run_directory_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra").parent.rename(tmp_path / "rb")
+    with pytest.raises(BadFile, match="the result is of run ra"):
+        collect(tmp_path)
+
+
+def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra", P_tot="many")
+    with pytest.raises(BadFile, match="wrong type"):
+        collect(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_that_lacks_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text("run_id,seed\nra,0\n")
+    with pytest.raises(BadFile, match="lacks the columns status, schema"):
+        read_table(tmp_path / "runs.csv")
+
+
+def test_a_missing_table_says_which_command_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="python -m analysis collect"):
+        read_table(tmp_path / "runs.csv")
+
+
+def test_the_data_dictionary_lists_exactly_the_columns_in_their_order() -> None:
+    text = (ROOT / "results" / "README.md").read_text()
+    rows = [
+        line.split("|")[1:4] for line in text.split("## Columns of runs.csv")[1].splitlines() if line.startswith("| `")
+    ]
+    assert [name.strip().strip("`") for name, _, _ in rows] == list(COLUMNS)
+    assert all(unit.strip() and meaning.strip() for _, unit, meaning in rows)
+
+
+def test_the_command_writes_the_table_and_counts_the_diverged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "runs", "ra")
+    write_run(tmp_path / "runs", "rb", status="diverged", valid_loss=None)
+    table = tmp_path / "new" / "runs.csv"
+    assert main(["collect", "--runs", str(tmp_path / "runs"), "--table", str(table)]) == 0
+    assert "2 runs, 1 of them diverged" in capsys.readouterr().out
+    assert len(read_table(table)) == 2
+
+
+def test_no_finished_runs_is_a_users_mistake_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", "--runs", str(tmp_path), "--table", str(tmp_path / "runs.csv")]) == 2
+    error = capsys.readouterr().err
+    assert "make sweep" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs.csv").exists()
+
+
+def test_a_torn_file_is_a_failure_and_leaves_the_old_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text("old")
+    write_run(tmp_path / "runs", "ra").write_text("{")
+    assert main(["collect", "--runs", str(tmp_path / "runs"), "--table", str(table)]) == 1
+    assert "ra/final.json is torn" in capsys.readouterr().err
+    assert table.read_text() == "old"
+
+
+def test_help_loads_nothing_slow_and_drawing_loads_no_torch() -> None:
+    def loaded(code: str) -> set[str]:
+        script = f"import sys\n{code}\nprint(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert not {"torch", "pandas", "matplotlib", "scipy"} & loaded("import analysis.__main__")
+    assert not {"torch", "engram", "experiments"} & loaded("import analysis.figures, analysis.tables")
