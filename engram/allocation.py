@@ -14,27 +14,30 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from sympy import nextprime
+from sympy import nextprime, prevprime
 
 from engram.config import EngramConfig, ModelConfig, MoEConfig, OverEncodingConfig, TableConfig
-from engram.counting import count_params
+from engram.counting import count_params, forward_flops_per_token
 
 Mode = Literal["paper", "strict"]
 Memory = EngramConfig | OverEncodingConfig
 
 P_TOT_TOLERANCE = 0.001
 P_ACT_TOLERANCE = 0.005
+FLOPS_TOLERANCE = 0.005
 
 
 def n_routed_at(backbone: ModelConfig, rho: float) -> int:
     """Routed experts that stay at `rho`; gives the paper's 46 of 106, 43 of 99 and 55 of 72.
 
     Raises:
-        ValueError: rho is outside [0, 1], or the backbone has no experts.
+        ValueError: rho is outside [0, 1], or the backbone has no experts or none to spare.
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a share of the sparse capacity and lies in [0, 1], not {rho}")
     moe = _moe(backbone)
+    if moe.n_routed_experts == moe.top_k:
+        raise ValueError(f"every token uses all {moe.top_k} experts: only n_routed_experts above top_k can give way")
     return moe.top_k + round(rho * (moe.n_routed_experts - moe.top_k))
 
 
@@ -57,30 +60,25 @@ def allocate(backbone: ModelConfig, memory: Memory, rho: float, mode: Mode = "pa
     Raises:
         ValueError: no such allocation exists; says what would be possible.
     """
+    if backbone.memory is not None:
+        raise ValueError("the backbone of rho = 1 must be a pure MoE: take engram or over_encoding out of it")
     n_routed = n_routed_at(backbone, rho)
-    moe = _moe(backbone)
-    if n_routed == moe.n_routed_experts:
+    if n_routed == _moe(backbone).n_routed_experts:
         return backbone
-    config = _with_memory(replace(backbone, moe=replace(moe, n_routed_experts=n_routed)), memory, _one_row_each(memory))
-    if mode == "strict":
-        config = _match_active(config, backbone)
-
-    # What is missing to P_tot, the rows of the one-row tables included, becomes rows.
-    target = count_params(backbone)
-    rest = count_params(config).P_tot - count_params(config).tables
-    rows = round((target.P_tot - rest) / memory.tables.d_row)
-    n_tables = len(memory.layer_ids) * memory.tables.n_lookups
-    if rows < n_tables:
+    config, rows = _without_rows(backbone, memory, n_routed, mode)
+    n_tables, least = _n_tables(memory), _least_rows(memory)
+    if rows < least:
         raise ValueError(
-            f"rho={rho} leaves {max(rows, 0)} rows for {n_tables} tables, fewer rows than hash heads: "
-            f"{_largest_possible(backbone, memory, mode)}"
+            f"rho={rho} leaves {max(rows, 0):,} rows for {n_tables} tables, whose distinct primes need {least:,}: "
+            f"{_largest_possible(backbone, memory, mode, n_routed)}"
         )
     config = _with_memory(config, memory, _spread(_prime_sizes(rows, n_tables), memory))
-    error = count_params(config).P_tot / target.P_tot - 1
+    target = count_params(backbone).P_tot
+    error = count_params(config).P_tot / target - 1
     if abs(error) > P_TOT_TOLERANCE:
         raise ValueError(
-            f"rho={rho}: the closest prime tables miss P_tot={target.P_tot:,} by {error:+.2%}: use fewer hash heads or "
-            f"layers ({n_tables} tables share {rows} rows), or a narrower d_mem (a row has {memory.tables.d_row} values)"
+            f"rho={rho}: the closest prime tables miss P_tot={target:,} by {error:+.2%}: "
+            f"take a narrower d_mem (a row has {memory.tables.d_row} values) or more hash heads"
         )
     return config
 
@@ -96,9 +94,9 @@ def module_only(backbone: ModelConfig, memory: Memory, mode: Mode = "paper") -> 
 
 def dense(backbone: ModelConfig) -> ModelConfig:
     """The dense model of the backbone's P_act: one FFN width in all layers, no experts."""
-    without = replace(backbone, moe=None, n_dense_layers=backbone.n_layers, d_ff=0)
-    spare = count_params(backbone).P_act - count_params(without).P_tot
-    return replace(without, d_ff=round(spare / (3 * backbone.d_model * backbone.n_layers)))
+    narrow = replace(backbone, moe=None, n_dense_layers=backbone.n_layers, d_ff=1)
+    spare = count_params(backbone).P_act - count_params(narrow).P_tot
+    return replace(narrow, d_ff=1 + round(spare / (3 * backbone.d_model * backbone.n_layers)))
 
 
 def with_rows(config: ModelConfig, n_rows: int) -> ModelConfig:
@@ -110,9 +108,11 @@ def with_rows(config: ModelConfig, n_rows: int) -> ModelConfig:
     memory = config.memory
     if memory is None:
         raise ValueError("the model has no memory whose rows could change")
-    n_tables = len(memory.layer_ids) * memory.tables.n_lookups
-    if n_rows < n_tables:
-        raise ValueError(f"{n_rows} rows are too few for {n_tables} tables: ask for at least {n_tables}")
+    n_tables, least = _n_tables(memory), _least_rows(memory)
+    if n_rows < least:
+        raise ValueError(
+            f"{n_rows} rows are too few for {n_tables} tables of distinct primes: ask for at least {least}"
+        )
     return _with_memory(config, memory, _spread(_prime_sizes(n_rows, n_tables), memory))
 
 
@@ -124,8 +124,21 @@ def prime_slots(first: int, n_tables: int) -> tuple[int, ...]:
     return tuple(primes)
 
 
+def _n_tables(memory: Memory) -> int:
+    return len(memory.layer_ids) * memory.tables.n_lookups
+
+
+def _least_rows(memory: Memory) -> int:
+    """Rows of the smallest distinct primes."""
+    return sum(prime_slots(2, _n_tables(memory)))
+
+
 def _prime_sizes(n_rows: int, n_tables: int) -> tuple[int, ...]:
-    """Consecutive primes whose sum is as near to `n_rows` as possible."""
+    """Distinct primes whose sum is as near to `n_rows` as primes lie: consecutive ones, but for the last.
+
+    Consecutive primes alone move in steps of their whole span, which at a few hundred rows a table is more than
+    0.1 percent of P_tot.
+    """
     low, high = 2, max(3, n_rows // n_tables)
     while low < high:  # the largest start whose sum does not exceed n_rows
         middle = (low + high + 1) // 2
@@ -133,9 +146,11 @@ def _prime_sizes(n_rows: int, n_tables: int) -> tuple[int, ...]:
             low = middle
         else:
             high = middle - 1
-    below = prime_slots(low, n_tables)
-    above = (*below[1:], int(nextprime(below[-1])))
-    return min(below, above, key=lambda sizes: abs(sum(sizes) - n_rows))
+    *first, last = prime_slots(low, n_tables)
+    rest = n_rows - sum(first)
+    above = int(nextprime(rest - 1))
+    below = int(prevprime(rest + 1)) if rest > last else last
+    return (*first, min(below, above, key=lambda prime: abs(prime - rest)))
 
 
 def _spread(sizes: tuple[int, ...], memory: Memory) -> tuple[tuple[int, ...], ...]:
@@ -152,6 +167,17 @@ def _with_memory(config: ModelConfig, memory: Memory, n_slots: tuple[tuple[int, 
     if isinstance(memory, EngramConfig):
         return replace(config, engram=replace(memory, tables=tables))
     return replace(config, over_encoding=replace(memory, tables=tables))
+
+
+def _without_rows(backbone: ModelConfig, memory: Memory, n_routed: int, mode: Mode) -> tuple[ModelConfig, int]:
+    """The config with tables of one row, and how many rows would bring it to the backbone's P_tot."""
+    config = replace(backbone, moe=replace(_moe(backbone), n_routed_experts=n_routed))
+    config = _with_memory(config, memory, _one_row_each(memory))
+    if mode == "strict":
+        config = _match_active(config, backbone)
+    counts = count_params(config)
+    missing = count_params(backbone).P_tot - (counts.P_tot - counts.tables)
+    return config, round(missing / memory.tables.d_row)
 
 
 def _match_active(config: ModelConfig, backbone: ModelConfig) -> ModelConfig:
@@ -171,18 +197,27 @@ def _match_active(config: ModelConfig, backbone: ModelConfig) -> ModelConfig:
     error = count_params(config).P_act / target - 1
     if abs(error) > P_ACT_TOLERANCE:
         raise ValueError(f"strict mode: one unit of d_shared is {per_width:,} parameters, P_act is off by {error:+.2%}")
+    # Without attention scores, which are equal, the difference is largest.
+    error = forward_flops_per_token(config, 0) / forward_flops_per_token(backbone, 0) - 1
+    if abs(error) > FLOPS_TOLERANCE:
+        raise ValueError(
+            f"strict mode: at equal P_act, FLOPs per token are off by {error:+.2%}, since rows, norms and convolution "
+            "have parameters but no products: widen d_model or take fewer memory layers or a shorter convolution"
+        )
     return config
 
 
-def _largest_possible(backbone: ModelConfig, memory: Memory, mode: Mode) -> str:
+def _largest_possible(backbone: ModelConfig, memory: Memory, mode: Mode, n_routed: int) -> str:
+    """What to ask for instead of `n_routed` experts, which leave too few rows."""
     moe = _moe(backbone)
-    for n_routed in range(moe.n_routed_experts - 1, moe.top_k - 1, -1):
-        rho = (n_routed - moe.top_k) / (moe.n_routed_experts - moe.top_k)
+    for fewer in range(n_routed - 1, moe.top_k - 1, -1):
         try:
-            allocate(backbone, memory, rho, mode)
-        except ValueError:
+            _, rows = _without_rows(backbone, memory, fewer, mode)
+        except ValueError:  # strict mode cannot match this one
             continue
-        return f"rho={rho:.3f} ({n_routed} experts) is the largest below 1 that this memory allows"
+        if rows >= _least_rows(memory):
+            rho = (fewer - moe.top_k) / (moe.n_routed_experts - moe.top_k)
+            return f"rho={rho:.3f} ({fewer} experts) is the largest below 1 that this memory allows"
     return "this memory is too large for the backbone at any rho; take a smaller d_mem or fewer layers"
 
 

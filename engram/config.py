@@ -199,12 +199,21 @@ class ModelConfig:
             min(self.vocab_size, self.d_model, self.n_layers, self.n_streams) >= 1, f"sizes must be positive: {self}"
         )
         _require(0 <= self.n_dense_layers <= self.n_layers, f"{self.n_dense_layers=} is outside 0..{self.n_layers}")
+        _require(self.n_moe_layers == self.n_layers or self.d_ff >= 1, f"dense layers need a width: {self.d_ff=}")
+        _require(0 <= self.bos_id < self.vocab_size, f"{self.bos_id=} is no token of {self.vocab_size=}")
+        if self.moe is not None:
+            _require(self.n_moe_layers > 0, f"all {self.n_layers} layers are dense: lower n_dense_layers or drop moe")
+            _require(
+                self.d_model % 8 == 0 and self.moe.d_expert % 8 == 0,
+                f"grouped products want rows of 16 bytes: make {self.d_model=} and d_expert={self.moe.d_expert} "
+                "multiples of 8",
+            )
         _require(self.engram is None or self.over_encoding is None, "choose one of engram and over_encoding")
         _require(self.memory is None or self.memory.tables.n_slots != (), "the memory has no sizes: set tables.n_slots")
         if self.engram is not None:
             _require(
                 self.engram.layer_ids[-1] < self.n_layers,
-                f"Engram layer {self.engram.layer_ids[-1]} is beyond the last layer, {self.n_layers - 1} (counted from 0)",
+                f"Engram layer {self.engram.layer_ids[-1]} is beyond the last, {self.n_layers - 1} (counted from 0)",
             )
 
     @property

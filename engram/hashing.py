@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from engram.config import EngramConfig, OverEncodingConfig
 
+_MAX = 2**63 - 1
 _LONE_SPACE = "\ue000"  # private use: keeps a token that is one space from being stripped to nothing
 
 
@@ -88,12 +89,19 @@ class HashSpec:
         Args:
             memory: whose tables and layers are hashed into.
             compressed_V: canonical ids from `compress_vocabulary`; not used if `compress_tokens` is off.
+
+        Raises:
+            ValueError: the pad token is outside the vocabulary.
         """
         tables = memory.tables
+        if not 0 <= tables.pad_id < len(compressed_V):
+            raise ValueError(
+                f"pad_id={tables.pad_id} is no token of a vocabulary of {len(compressed_V)}: set tables.pad_id"
+            )
         if not tables.compress_tokens:
             compressed_V = np.arange(len(compressed_V), dtype=np.int64)
         n_compressed = int(compressed_V.max()) + 1
-        half_bound = max(1, np.iinfo(np.int64).max // n_compressed // 2)
+        half_bound = max(1, _MAX // n_compressed // 2)
         multipliers = []
         for layer_id in memory.layer_ids:
             rng = np.random.default_rng(tables.hash_seed + 10007 * layer_id)
@@ -115,7 +123,7 @@ class HashSpec:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> HashSpec:
         """Rebuild what `state` gave."""
-        return cls(**state | {"compressed_V": state["compressed_V"].numpy()})
+        return cls(**state | {"compressed_V": state["compressed_V"].cpu().numpy()})
 
     def check_same(self, stored: HashSpec) -> None:
         """Refuse tables that were trained with another hash.
@@ -143,47 +151,50 @@ class NgramHasher(nn.Module):
     """Row ids of all memory layers, computed once a batch, on the batch's device."""
 
     compressed_V: Tensor
+    sizes_LG: Tensor
 
     def __init__(self, memory: EngramConfig | OverEncodingConfig, spec: HashSpec) -> None:
         super().__init__()
         self.tables = memory.tables
         self.spec = spec
         self.register_buffer("compressed_V", torch.from_numpy(spec.compressed_V), persistent=False)
+        self.register_buffer("sizes_LG", torch.tensor(spec.n_slots), persistent=False)
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None, draw: int = 0) -> list[Tensor]:
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None, draws_B: Tensor | None = None) -> list[Tensor]:
         """Hash every suffix n-gram.
 
         Args:
             tokens_BT: token ids.
             documents_BT: number of the document each token belongs to; None lets windows cross documents.
-            draw: which random rows the `random` lookup takes; text lookups ignore it.
+            draws_B: number of each sequence, int64, which the rows of the `random` lookup depend on; None counts
+                from 0. Text lookups ignore it.
 
         Returns:
             One int64 tensor [B, T, G] a memory layer: rows of that layer's stacked tables.
         """
         if self.tables.lookup == "random":
-            return self._random_rows(tokens_BT, draw)
-        window_BT = [self._shifted(tokens_BT, documents_BT, back) for back in range(max(self.tables.ngram_orders))]
+            return self._random_rows(tokens_BT, draws_B)
+        ids_BT = self.compressed_V[tokens_BT]
+        window_BT = [self._shifted(ids_BT, documents_BT, back) for back in range(max(self.tables.ngram_orders))]
         return [
-            self._layer_rows(window_BT, multipliers, sizes)
-            for multipliers, sizes in zip(self.spec.multipliers, self.spec.n_slots, strict=True)
+            self._layer_rows(window_BT, multipliers, sizes_G)
+            for multipliers, sizes_G in zip(self.spec.multipliers, self.sizes_LG, strict=True)
         ]
 
-    def _shifted(self, tokens_BT: Tensor, documents_BT: Tensor | None, back: int) -> Tensor:
+    def _shifted(self, ids_BT: Tensor, documents_BT: Tensor | None, back: int) -> Tensor:
         """Canonical id `back` positions earlier; the pad id before the start of the sequence or the document."""
-        ids_BT = self.compressed_V[tokens_BT]
         if back == 0:
             return ids_BT
-        earlier_BT = torch.full_like(ids_BT, self.spec.pad_id)
-        earlier_BT[:, back:] = ids_BT[:, :-back]
+        earlier_BT = ids_BT[:, :-back]
         if documents_BT is not None:
-            earlier_BT[:, back:][documents_BT[:, back:] != documents_BT[:, :-back]] = self.spec.pad_id
-        return earlier_BT
+            earlier_BT = earlier_BT.masked_fill(documents_BT[:, back:] != documents_BT[:, :-back], self.spec.pad_id)
+        shifted_BT = torch.full_like(ids_BT, self.spec.pad_id)
+        shifted_BT[:, back:] = earlier_BT
+        return shifted_BT
 
-    def _layer_rows(self, window_BT: list[Tensor], multipliers: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    def _layer_rows(self, window_BT: list[Tensor], multipliers: tuple[int, ...], sizes_G: Tensor) -> Tensor:
         # mix_n = x_t m_0 xor x_{t-1} m_1 xor ... xor x_{t-n+1} m_{n-1}. The heads of an order share the mix and
         # differ in their prime modulus; order n + 1 goes on from the mix of order n.
-        sizes_G = torch.tensor(sizes, device=window_BT[0].device)
         heads = self.tables.n_hash_heads
         rows, mix_BT = [], torch.zeros_like(window_BT[0])
         for n, (ids_BT, multiplier) in enumerate(zip(window_BT, multipliers, strict=True), start=1):
@@ -193,17 +204,43 @@ class NgramHasher(nn.Module):
                 rows.append(mix_BT[..., None] % sizes_G[first : first + heads])
         return torch.cat(rows, dim=-1) + _first_rows(sizes_G)
 
-    def _random_rows(self, tokens_BT: Tensor, draw: int) -> list[Tensor]:
-        """Uniform rows from (hash_seed, draw) alone."""
-        generator = torch.Generator(device=tokens_BT.device)
-        generator.manual_seed(int.from_bytes(hashlib.sha256(f"{self.tables.hash_seed}|{draw}".encode()).digest()[:8]))
+    def _random_rows(self, tokens_BT: Tensor, draws_B: Tensor | None) -> list[Tensor]:
+        """Uniform rows from (hash_seed, number of the sequence, position, layer, lookup) alone.
+
+        A hash of counters rather than a generator: the rows are the same on every device and however a batch is
+        split over micro-batches and processes.
+        """
+        B, T = tokens_BT.shape
+        device, G = tokens_BT.device, self.tables.n_lookups
+        if draws_B is None:
+            draws_B = torch.arange(B, device=device)
+        key_BT = _split_mix(
+            _split_mix(draws_B + _split_mix(torch.tensor(self.tables.hash_seed, device=device)))[:, None]
+            + torch.arange(T, device=device)
+        )
         rows = []
-        for sizes in self.spec.n_slots:
-            sizes_G = torch.tensor(sizes, device=tokens_BT.device)
-            shape = (*tokens_BT.shape, len(sizes))
-            any_BTG = torch.randint(0, 2**62, shape, generator=generator, device=tokens_BT.device)
-            rows.append(any_BTG % sizes_G + _first_rows(sizes_G))
+        for layer, sizes_G in enumerate(self.sizes_LG):
+            any_BTG = _split_mix(key_BT[..., None] + torch.arange(layer * G, (layer + 1) * G, device=device))
+            rows.append((any_BTG & _MAX) % sizes_G + _first_rows(sizes_G))
         return rows
+
+
+def _split_mix(x: Tensor) -> Tensor:
+    """SplitMix64 (Steele 2014): a bijection of 64-bit integers whose outputs look independent. int64 wraps around."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    """The logical shift; torch's keeps the sign."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _signed(bits: int) -> int:
+    """The int64 of these 64 bits."""
+    return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
 def _first_rows(sizes_G: Tensor) -> Tensor:

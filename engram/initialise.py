@@ -10,7 +10,7 @@ one seed therefore agree wherever their shapes do: expert 7 of a model with 46 e
     matrices [.., out, in]         N(0, 1 / in)
     matrices that write to the     N(0, 1 / in) / sqrt(2 n_layers): the residual's variance does not grow with depth
       residual: out, down          (Radford 2019, GPT-2)
-    router_ED                      N(0, 1 / D)
+    router_ED                      N(0, 1 / D), row by row: a row belongs to its expert
     stream_phi                     N(0, 1 / in); biases as HyperConnection.reset_biases says
     gains                          1
     conv_JMD                       0 (paper, section 4.1)
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from engram.streams import HyperConnection
 from engram.transformer import Transformer
 
-_EXPERT_STACKS = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
-_RESIDUAL_WRITERS = ("attention.out.weight", "down.weight", "w_down_EDF", "w_value_DQ")
+_EXPERT_STACKS = ("w_gate_EFD", "w_up_EFD", "w_down_EDF", "router_ED")
+_RESIDUAL_WRITERS = ("attention.out.weight", ".down.weight", "w_down_EDF", "w_value_DQ")
 
 
 def init_weights(model: Transformer, seed: int) -> None:

@@ -54,8 +54,11 @@ class Router(nn.Module):
         expert_ids_NK = (scores_NE + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
         scores_NK = scores_NE.gather(-1, expert_ids_NK)
         if self.training:
-            self.load_E += torch.bincount(expert_ids_NK.flatten(), minlength=len(self.load_E))
-        return self.route_scale * scores_NK / scores_NK.sum(-1, keepdim=True), expert_ids_NK
+            # torch.bincount would make the host wait for the GPU.
+            chosen_R = expert_ids_NK.flatten()
+            self.load_E.scatter_add_(0, chosen_R, self.load_E.new_ones(len(chosen_R)))
+        # As in DeepSeek-V3, a tiny term keeps the weights finite where all chosen scores underflow.
+        return self.route_scale * scores_NK / (scores_NK.sum(-1, keepdim=True) + 1e-20), expert_ids_NK
 
 
 class RoutedExperts(nn.Module):
@@ -103,27 +106,23 @@ def experts_grouped(
     """Tokens sorted by expert, one grouped matrix product a projection."""
     order_R, ends_E = _sort_by_expert(ids_NK, len(gate_EFD))
     x_RD = x_ND.index_select(0, order_R // ids_NK.shape[1])
-    ends = ends_E.to(torch.int32)
-    h_RF = F.silu(F.grouped_mm(x_RD, gate_EFD.transpose(-2, -1), offs=ends))
-    h_RF = h_RF * F.grouped_mm(x_RD, up_EFD.transpose(-2, -1), offs=ends)
-    out_RD = F.grouped_mm(h_RF, down_EDF.transpose(-2, -1), offs=ends)
-    return _weighted_sum(out_RD.index_select(0, _inverse(order_R)), g_NK)
+    h_RF = F.silu(F.grouped_mm(x_RD, gate_EFD.transpose(-2, -1), offs=ends_E))
+    h_RF = h_RF * F.grouped_mm(x_RD, up_EFD.transpose(-2, -1), offs=ends_E)
+    # Weighing before the last product is the same sum, over rows of width F instead of D.
+    h_RF = h_RF * g_NK.flatten()[order_R, None].to(h_RF.dtype)
+    out_RD = F.grouped_mm(h_RF, down_EDF.transpose(-2, -1), offs=ends_E)
+    return out_RD.index_select(0, _inverse(order_R)).unflatten(0, ids_NK.shape).sum(1)
 
 
 def _sort_by_expert(ids_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Order of the routed tokens by expert, and where each expert's share ends."""
-    ids_R = ids_NK.flatten()
-    return ids_R.argsort(stable=True), torch.bincount(ids_R, minlength=n_experts).cumsum(0)
+    """Order of the routed tokens by expert, and where each expert's share ends (int32)."""
+    sorted_R, order_R = ids_NK.flatten().sort(stable=True)
+    experts_E = torch.arange(n_experts, device=ids_NK.device)
+    return order_R, torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
 
 
 def _inverse(order_R: Tensor) -> Tensor:
     return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-
-
-def _weighted_sum(out_RD: Tensor, g_NK: Tensor) -> Tensor:
-    """sum_k g_k out_k; a batched product sums in fp32 and writes no [N, K, D] copy."""
-    out_NKD = out_RD.unflatten(0, g_NK.shape)
-    return (g_NK.to(out_RD.dtype)[:, None] @ out_NKD)[:, 0]
 
 
 class MoE(nn.Module):

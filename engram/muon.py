@@ -9,6 +9,9 @@ The scale gives O the root mean square of an AdamW update, so that both share le
 
 Matrices of equal shape go through one batched iteration, stacks of experts with them: a hundred small experts one by
 one cost as much as half of the backward pass.
+
+A fused projection, such as MLA's kv_down and kv_up, is one matrix, as in `torch.optim.Muon` and Moonlight's code:
+splitting it would make the optimiser depend on how attention lays out its heads.
 """
 
 from __future__ import annotations
@@ -27,26 +30,47 @@ _EPS = 1e-7
 
 
 class Muon(Optimizer):
-    """Muon for matrices [a, b] and stacks of matrices [n, a, b]; a stack is n independent matrices."""
+    """Muon for matrices [a, b] and stacks of matrices [n, a, b]; a stack is n independent matrices.
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    Args:
+        dtype: of the iteration. None is bf16 on GPUs, as in Jordan's, and fp32 on CPUs: those without bf16
+            instructions take seven times as long for bf16.
+
+    Raises:
+        ValueError: momentum is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"{momentum=} must lie in [0, 1): 0.95 is usual")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "closures are not used"
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape[tuple(weight.shape[-2:])].append((weight, self._nesterov(weight, group["momentum"])))
-            for shape, pairs in by_shape.items():
-                stacks = [update.reshape(-1, *shape) for _, update in pairs]
+                    by_shape[tuple(weight.shape[-2:])].append(weight)
+            for shape, weights in by_shape.items():
+                dtype = self.dtype or (torch.float32 if weights[0].device.type == "cpu" else torch.bfloat16)
+                # Cast before stacking: in bf16 the copies are half as large.
+                updates = (self._nesterov(weight, group["momentum"]).to(dtype) for weight in weights)
+                stacks = [update.view(-1, *shape) for update in updates]
                 orthogonal = newton_schulz(torch.cat(stacks))
                 scale = 0.2 * max(shape) ** 0.5
-                for (weight, _), update in zip(pairs, orthogonal.split([len(s) for s in stacks]), strict=True):
+                for weight, update in zip(weights, orthogonal.split([len(s) for s in stacks]), strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.view_as(weight).to(weight.dtype), alpha=-group["lr"] * scale)
+                    weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
 
     def _nesterov(self, weight: Tensor, momentum: float) -> Tensor:
         grad = weight.grad
@@ -59,8 +83,8 @@ class Muon(Optimizer):
 
 
 def newton_schulz(G: Tensor) -> Tensor:
-    """Orthogonalise a stack of matrices [n, a, b] approximately, in bf16: singular values end between 0.7 and 1.2."""
-    X = G.to(torch.bfloat16)
+    """Orthogonalise a stack of matrices [n, a, b] approximately: singular values end between 0.7 and 1.2."""
+    X = G
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT

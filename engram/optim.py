@@ -12,6 +12,7 @@ all their directions equal weight: they stay with AdamW, like embedding and head
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -24,27 +25,45 @@ from engram.table_adam import TableAdam
 
 Role = Literal["matrix", "embedding", "vector", "table"]
 
-_EMBEDDINGS = ("embed_VD", "head_VD", "router_ED", "stream_phi")
-_VECTORS = ("gain", "conv_JMD", "stream_bias", "stream_alpha")
+_ROLES: dict[str, dict[int, Role]] = {
+    "*table_SP": {2: "table"},
+    "*embed_VD": {2: "embedding"},
+    "*head_VD": {2: "embedding"},
+    "router_ED": {2: "embedding"},
+    "stream_phi": {2: "embedding"},
+    "conv_*": {3: "vector"},
+    "gain": {1: "vector", 2: "vector"},
+    "w_*": {2: "matrix", 3: "matrix"},
+    "*": {1: "vector", 2: "matrix"},
+}
+"""Last part of a parameter's name -> number of dimensions -> role. The first pattern that fits decides."""
 
 
-def role(name: str, parameter: Tensor) -> Role:
+def role(name: str, shape: Sequence[int]) -> Role:
     """Say how a parameter is updated, from its name and shape.
 
     Raises:
         ValueError: no rule knows the parameter.
     """
-    if name.endswith("table_SP"):
-        return "table"
-    if name.endswith(_EMBEDDINGS):
-        return "embedding"
-    if name.endswith(_VECTORS):
-        return "vector"
-    if parameter.ndim in (2, 3) and min(parameter.shape[-2:]) > 1:
-        return "matrix"
-    raise ValueError(
-        f"no rule says how to update {name} of shape {tuple(parameter.shape)}: give it one in engram/optim.py"
-    )
+    leaf = name.rpartition(".")[2]
+    by_dimensions = next(roles for pattern, roles in _ROLES.items() if fnmatchcase(leaf, pattern))
+    if len(shape) not in by_dimensions:
+        raise ValueError(
+            f"no rule says how to update {name} of shape {tuple(shape)}: give it one in engram/optim.py, _ROLES"
+        )
+    return by_dimensions[len(shape)]
+
+
+def group_by_role(model: nn.Module) -> dict[Role, list[Tensor]]:
+    """Sort a model's parameters by role; every parameter is in one group.
+
+    Raises:
+        ValueError: a parameter has no role.
+    """
+    groups: dict[Role, list[Tensor]] = {"matrix": [], "embedding": [], "vector": [], "table": []}
+    for name, parameter in model.named_parameters():
+        groups[role(name, parameter.shape)].append(parameter)
+    return groups
 
 
 def needs_sparse_grad(config: OptimConfig) -> bool:
@@ -110,10 +129,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     Raises:
         ValueError: a parameter has no role.
     """
-    by_role: dict[Role, list[Tensor]] = {"matrix": [], "embedding": [], "vector": [], "table": []}
-    for name, parameter in model.named_parameters():
-        by_role[role(name, parameter)].append(parameter)
-
+    by_role = group_by_role(model)
     decayed = list(by_role["embedding"])
     optimizers: list[Optimizer] = []
     if config.matrices == "adamw":
@@ -125,7 +141,8 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
         {"params": by_role["vector"], "weight_decay": 0.0},
     ]
     adam: dict[str, Any] = {"betas": config.adam_betas, "eps": config.adam_eps}
-    optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True, **adam))
+    if groups := [group for group in groups if group["params"]]:
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, fused=True, **adam))
     if tables := by_role["table"]:
         lr = config.lr * config.table_lr_mult
         if config.tables == "dense":

@@ -1,7 +1,7 @@
 """Residual streams: manifold-constrained hyper-connections (mHC, arXiv 2512.24880), or a plain residual for M = 1.
 
     x_in    = H_pre x                 H_pre  = sigmoid(.)          [1, M]   how a sub-layer reads the streams
-    x_new   = H_res x + H_post^T F(x_in)
+    x_new   = H_res^T x + H_post^T F(x_in)
                                       H_post = 2 sigmoid(.)        [1, M]   how its output is written back
                                       H_res  = Sinkhorn(exp(.))    [M, M]   doubly stochastic: keeps the mean
 
@@ -67,7 +67,9 @@ class HyperConnection(nn.Module):
     def forward(self, x_BTMD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         H_pre, H_post, H_res = self.maps(x_BTMD)
         y_BTD = sublayer((H_pre[..., None] * x_BTMD).sum(2))
-        return H_res.transpose(-1, -2) @ x_BTMD + H_post[..., None] * y_BTD[:, :, None]
+        # Autocast would round the streams to bf16 in every sub-layer.
+        with torch.autocast(x_BTMD.device.type, enabled=False):
+            return H_res.transpose(-1, -2) @ x_BTMD + H_post[..., None] * y_BTD[:, :, None]
 
 
 def _sinkhorn(scores: Tensor, iterations: int) -> Tensor:

@@ -6,7 +6,9 @@ the batch looked up; they train different models, which is why the choice has a 
     lazy      first and second moment a value, updated when the row is looked up; equals torch.optim.SparseAdam
     rowwise   one second moment a row, the mean of its squared gradients: half of Adam's state
 
-Bias correction counts global steps in both.
+Bias correction counts global steps in both. `lazy` is written out because it coalesces once, together with clipping,
+and makes no sparse tensor of its updates: 32 ms a step where SparseAdam takes 46 (one CPU thread, 1M rows of 32, 131k
+look-ups of 48k different rows). Dense Adam takes 35 there, and 58 more to fill the dense gradient.
 """
 
 from __future__ import annotations

@@ -94,14 +94,14 @@ class Transformer(nn.Module):
             if isinstance(module, NgramTables):
                 module.sparse_grad = sparse
 
-    def hidden(self, tokens_BT: Tensor, draw: int = 0) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, draws_B: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, D], normed, before the head."""
         config = self.config
         documents_BT, rows = None, []
         if self.hasher is not None:
             if self.hasher.tables.stop_at_documents:
                 documents_BT = (tokens_BT == config.bos_id).cumsum(-1)
-            rows = self.hasher(tokens_BT, documents_BT, draw)
+            rows = self.hasher(tokens_BT, documents_BT, draws_B)
 
         x_BTD = F.embedding(tokens_BT, self.embed_VD)
         if self.over_encoding is not None:
@@ -117,15 +117,15 @@ class Transformer(nn.Module):
         out: Tensor = self.norm_out(x_BTMD.mean(2))
         return out
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, draw: int = 0) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, draws_B: Tensor | None = None) -> Tensor:
         """Return logits [B, T, V], or with targets the mean cross-entropy in nats (a scalar).
 
         Args:
             tokens_BT: token ids.
             targets_BT: the tokens to predict at each position.
-            draw: the batch's number, which random rows depend on in the `random-ids` control.
+            draws_B: number of each sequence, which random rows depend on in the `random-ids` control.
         """
-        x_BTD = self.hidden(tokens_BT, draw)
+        x_BTD = self.hidden(tokens_BT, draws_B)
         if targets_BT is None:
             return F.linear(x_BTD, self.head_VD)
         return cross_entropy(x_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten())

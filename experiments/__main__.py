@@ -120,7 +120,7 @@ def command_run(args: argparse.Namespace) -> int:
 
     run_dir = RunDir(Path(args.run_dir))
     run_dir.load()
-    runtime = load_runtime(args.settings)
+    runtime = load_runtime(args.words)
     stop = _StopFlag()
     try:
         with run_dir.owned():
@@ -181,6 +181,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,data,launch,status,run}")
 
+    def add_words(command: argparse.ArgumentParser) -> None:
+        suites, budgets = ", ".join(SUITES), ", ".join(budget_names())
+        about = f"a suite ({suites}), a budget ({budgets}, or a YAML file), key=value changes"
+        command.add_argument("words", nargs="*", metavar="WORD", help=about)
+
     def add(
         name: str, function: Callable[[argparse.Namespace], int], text: str, example: str
     ) -> argparse.ArgumentParser:
@@ -194,36 +199,41 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
-    words = {
-        "nargs": "*",
-        "metavar": "WORD",
-        "help": f"a suite ({', '.join(SUITES)}), a budget ({', '.join(budget_names())}, or a YAML file), key=value changes",
-    }
     command = add("plan", command_plan, "print every point of a suite and its cost", "plan paper-2e20")
-    command.add_argument("words", **words)
+    add_words(command)
     command.add_argument("--json", action="store_true", help="machine-readable")
     command = add("data", command_data, "build a budget's token shards", "data cpu-small --verify")
-    command.add_argument("words", **words)
+    add_words(command)
     command.add_argument("--verify", action="store_true", help="check every byte against the manifest")
     command = add("launch", command_launch, "train a suite here, skipping what is done", "launch allocation cpu-small")
-    command.add_argument("words", **words)
+    add_words(command)
     command.add_argument("--dry-run", action="store_true", help="print the plan only")
     command.add_argument("--json", action="store_true", help="with --dry-run: machine-readable")
     command = add("status", command_status, "say where every run of a suite stands", "status allocation cpu-small")
-    command.add_argument("words", **words)
+    add_words(command)
     command.add_argument("--json", action="store_true", help="machine-readable")
     command = add(
         "run", command_run, "train one run directory", "run results/runs/r0123456789 --shards data/python-0123456789"
     )
     command.add_argument("run_dir", help="a directory that launch made")
     command.add_argument("--shards", required=True, help="the shard directory it was planned for")
-    command.add_argument("settings", nargs="*", metavar="key=value", help="runtime settings, such as threads=2")
+    command.add_argument("words", nargs="*", metavar="key=value", help="runtime settings, such as threads=2")
     return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; words may stand before, between and behind options, which argparse alone refuses."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(args, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.words = [*getattr(args, "words", []), *rest]
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; turn errors into one line and an exit code."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         code: int = args.function(args)
     except UserError as error:

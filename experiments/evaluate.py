@@ -41,14 +41,16 @@ def validate(
     device = model.embed_VD.device
     was_training = model.training
     model.eval()
-    nats, tokens, n_bytes = 0.0, 0, 0
-    for i, batch in enumerate(batches):
+    nats, sequences, tokens, n_bytes = 0.0, 0, 0, 0
+    for batch in batches:
         ids = torch.from_numpy(batch).to(device)
+        # Counted downwards from -1: random rows of validation are never those of training.
+        draws_B = torch.arange(-sequences - 1, -sequences - 1 - len(batch), -1, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            # Negative draws keep the random rows of validation apart from those of training.
-            loss = model(ids[:, :-1], ids[:, 1:], draw=-1 - i)
+            loss = model(ids[:, :-1], ids[:, 1:], draws_B)
         targets = batch[:, 1:]
         nats += float(loss) * targets.size
+        sequences += len(batch)
         tokens += targets.size
         n_bytes += int(token_bytes_V[targets].sum(dtype=np.int64))
     model.train(was_training)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,43 +100,63 @@ class RunDir:
     def is_locked(self) -> bool:
         """Whether a process works on the run now."""
         try:
-            with self.owned(patience_s=0):
-                return False
+            # Shared, so that two who ask at once do not take each other for the worker.
+            with open(self.path / "LOCK", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        except RunBusy:
+        except BlockingIOError:
             return True
+        return False
 
     def state(self) -> State:
-        """Where the run stands."""
+        """Where the run stands.
+
+        Raises:
+            UserError: final.json is damaged.
+        """
+        locked = self.is_locked()  # asked first: a worker that ends between the two questions has left its final.json
         final = self.final()
         if final is not None:
             return "diverged" if final["status"] == "diverged" else "final"
-        if not (self.path / "attempts.jsonl").exists():
-            return "planned"
-        if self.is_locked():
+        if locked:
             return "running"
-        last = last_line(self.path / "attempts.jsonl") or {}
-        return "failed" if last.get("event") == "failed" else "interrupted"
+        last = last_line(self.path / "attempts.jsonl")
+        if last is None:
+            return "planned"
+        return "failed" if last["event"] == "failed" else "interrupted"
 
     def final(self) -> dict[str, Any] | None:
-        """final.json, if the run is done."""
+        """final.json, if the run is done.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / "final.json"
         try:
-            return dict(json.loads((self.path / "final.json").read_text()))
+            return dict(json.loads(path.read_text()))
         except FileNotFoundError:
             return None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}): delete it and launch again") from error
 
     def write_final(self, final: dict[str, Any]) -> None:
         """Write final.json at once and whole."""
         draft = self.path / "final.json.part"
-        draft.write_text(json.dumps(final, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(final, indent=1, allow_nan=False) + "\n"
+        with open(draft, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
         draft.replace(self.path / "final.json")
 
     def note_attempt(self, event: Literal["start", "interrupted", "failed"], **facts: Any) -> None:
         """Append to attempts.jsonl."""
         line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | facts
-        with open(self.path / "attempts.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.path / "attempts.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # by a disk that was full
+        with open(path, "a") as file:
+            file.write("\n" * torn + json.dumps(line) + "\n")
 
     def attempts(self) -> int:
         """Processes that have worked on the run so far."""
@@ -145,14 +165,24 @@ class RunDir:
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a JSON-lines file; a line still being written is passed over."""
+    """The last whole line of a JSON-lines file, if there is one."""
+    lines = last_lines(path)
+    return lines[-1] if lines else None
+
+
+def last_lines(path: Path, n_bytes: int = 65_536) -> list[dict[str, Any]]:
+    """The whole lines among the last `n_bytes` of a JSON-lines file; torn ones are passed over."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
-            lines = file.read().split(b"\n")[:-1]
+            file.seek(max(0, os.fstat(file.fileno()).st_size - n_bytes))
+            texts = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
-        return None
-    return dict(json.loads(lines[-1])) if lines else None
+        return []
+    lines = []
+    for text in texts:
+        with suppress(ValueError):  # torn by a kill, or cut by where we began to read
+            lines.append(dict(json.loads(text)))
+    return lines
 
 
 def provenance() -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Budget:
     large_memory_factor: float = 3.2
     """Slots of the larger Engram of `baselines` (Engram-40B holds 3.2 times Engram-27B's)."""
     flops_per_s: float = 320e12
-    """Sustained speed that `plan` turns FLOPs into hours with: 40 percent of 800 TFLOP/s unless the budget is for CPUs."""
+    """Sustained speed that `plan` turns FLOPs into hours with: 40 percent of 800 TFLOP/s, or a CPU core's."""
     runtime: Runtime = field(default_factory=Runtime)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import io
 import json
 import platform
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,33 +40,34 @@ _PYTHON_SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 _MIN_CHARS, _MAX_CHARS, _MAX_MEAN_LINE = 200, 200_000, 200
 
 
-def read_documents(corpus: str) -> Iterator[str]:
-    """Yield the texts of a corpus in a fixed order, not yet deduplicated.
-
-    Args:
-        corpus: sources joined by `+`, see the module's docstring.
+def split_sources(corpus: str) -> list[str]:
+    """Return the sources that a corpus names; a path that exists may itself hold a `+`.
 
     Raises:
-        UserError: a source does not exist, cannot be read, or needs an extra that is not installed.
+        UserError: a path that is not there, an empty name, or a hub name of too many parts.
     """
-    for source in corpus.split("+"):
-        if source == "python":
-            yield from _python_sources()
-        elif source.startswith("hf:"):
-            yield from _hub_dataset(source)
-        else:
-            yield from _local(Path(source).expanduser())
-
-
-def check_source(corpus: str) -> None:
-    """Refuse a corpus that cannot exist, before any work.
-
-    Raises:
-        UserError: a path that is not there.
-    """
-    for source in corpus.split("+"):
-        if source != "python" and not source.startswith("hf:") and not Path(source).expanduser().exists():
+    sources = [corpus] if corpus and Path(corpus).expanduser().exists() else corpus.split("+")
+    for source in sources:
+        if source.startswith("hf:"):
+            if not 2 <= len(parts := source.split(":")) <= 4 or not parts[1]:
+                raise UserError(f"{source!r} names no dataset: write hf:NAME[:CONFIG[:SPLIT]]")
+        elif source != "python" and not (source and Path(source).expanduser().exists()):
             raise UserError(f"no corpus {source!r}: give `python`, `hf:NAME`, or the path of a text file or folder")
+    return sources
+
+
+def read_source(source: str) -> Iterator[str]:
+    """Yield the texts of one source in a fixed order, not yet deduplicated.
+
+    Raises:
+        UserError: the source cannot be read, or needs an extra that is not installed.
+    """
+    if source == "python":
+        yield from _python_sources()
+    elif source.startswith("hf:"):
+        yield from _hub_dataset(source)
+    else:
+        yield from _local(Path(source).expanduser())
 
 
 def _python_sources() -> Iterator[str]:
@@ -101,13 +103,13 @@ def _hub_dataset(source: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise UserError(f"{source} needs the `datasets` library: pip install -c constraints.txt -e '.[data]'") from None
-    name, config, split, *_ = [*source.removeprefix("hf:").split(":"), None, None]
+    name, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
     try:
-        rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise UserError(f"{source}: rows have no `text`, only {', '.join(row)}")
-            yield row["text"]
+            if not isinstance(text := row.get("text", 0), str | None):
+                raise UserError(f"{source}: rows have no string `text`, only {', '.join(row)}")
+            yield text or ""
     except (OSError, ValueError) as error:
         raise UserError(f"{source} could not be read from the hub: {error}".splitlines()[0]) from error
 
@@ -117,10 +119,8 @@ def _local(path: Path) -> Iterator[str]:
         files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) in (*TEXT_SUFFIXES, ".jsonl", ".parquet"))
         if not files:
             raise UserError(f"no text in the folder {path}: looked for {', '.join(TEXT_SUFFIXES)}, .jsonl and .parquet")
-    elif path.is_file():
-        files = [path]
     else:
-        raise UserError(f"no corpus {str(path)!r}: give `python`, `hf:NAME`, or the path of a text file or folder")
+        files = [path]
     for file in files:
         if _kind(file) == ".parquet":
             yield from _parquet(file)
@@ -129,31 +129,61 @@ def _local(path: Path) -> Iterator[str]:
         elif _kind(file) in TEXT_SUFFIXES:
             yield from _text(file)
         else:
-            known = ", ".join((*TEXT_SUFFIXES, ".jsonl", ".parquet"))
-            raise UserError(f"{file}: unknown kind of file; known are {known}, each also with .gz or .zst")
+            known = ", ".join((*TEXT_SUFFIXES, ".jsonl"))
+            raise UserError(f"{file}: unknown kind of file; known are {known}, each also .gz or .zst, and .parquet")
 
 
 def _kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
 
 
-def _open(path: Path) -> io.TextIOWrapper:
-    raw: Any
-    if path.suffix == ".gz":
-        raw = gzip.open(path, "rb")
-    elif path.suffix == ".zst":
+class _ZstdReader(io.RawIOBase):
+    """The decompressed bytes of a .zst file. The library's own reader ends without a word where a cut file ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115  closed by close()
         # Files compressed with `zstd --long` need a larger window than the default refuses to allocate.
-        raw = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(open(path, "rb"), closefd=True)
-    else:
-        raw = open(path, "rb")
-    return io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._frame = self._decompressor.decompressobj()
+        self._in_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            raw = self._frame.unused_data or self._file.read(2**16)
+            if not raw:
+                if self._in_frame:
+                    raise EOFError("the file ends in the middle of a zstd frame")
+                return 0
+            if self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(raw))
+            self._in_frame = not self._frame.eof
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(path: Path) -> io.TextIOWrapper:
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(gzip.GzipFile(path), encoding="utf-8", newline="\n")
+    if path.suffix == ".zst":
+        return io.TextIOWrapper(io.BufferedReader(_ZstdReader(path), 2**20), encoding="utf-8", newline="\n")
+    return open(path, encoding="utf-8", newline="\n")
 
 
 def _lines(path: Path) -> Iterator[str]:
     try:
         with _open(path) as file:
             yield from file
-    except (OSError, EOFError, UnicodeDecodeError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path} could not be read: {error}".splitlines()[0]) from error
 
 
@@ -178,6 +208,10 @@ def _json_lines(path: Path) -> Iterator[str]:
             raise UserError(f"{path}, line {number}: needs a JSON object with a `text`") from None
         if not isinstance(text, str):
             raise UserError(f"{path}, line {number}: `text` is not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}, line {number}: `text` holds half of a surrogate pair") from None
         yield text
 
 
@@ -190,7 +224,10 @@ def _parquet(path: Path) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(columns=["text"]):
-                yield from batch.column("text").to_pylist()
+                for text in batch.column("text").to_pylist():
+                    if not isinstance(text, str | None):
+                        raise UserError(f"{path}: column `text` holds {type(text).__name__}, not strings")
+                    yield text or ""
     except (OSError, pyarrow.ArrowException, KeyError) as error:
         raise UserError(f"{path}: no readable column `text`: {error}".splitlines()[0]) from error
 
@@ -198,7 +235,7 @@ def _parquet(path: Path) -> Iterator[str]:
 def fingerprint(corpus: str) -> list[str]:
     """What tells one state of a corpus from another without reading it: versions, or files with sizes and times."""
     facts = []
-    for source in corpus.split("+"):
+    for source in split_sources(corpus):
         facts.append(source)
         if source == "python":
             facts.append(platform.python_version())
@@ -210,5 +247,11 @@ def fingerprint(corpus: str) -> list[str]:
         elif not source.startswith("hf:"):
             path = Path(source).expanduser()
             files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            facts += [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+            facts += [file_state(file) for file in files]
     return facts
+
+
+def file_state(path: Path) -> str:
+    """What changes when a file is replaced: its place, size and time."""
+    stat = path.stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"

@@ -22,7 +22,7 @@ def allocation(budget: Budget, data: str) -> Iterator[Run]:
 
     Command: python -m experiments launch allocation cpu-small
     Cost: 22 runs, about 15 minutes on two CPU cores; `plan` prints it for every budget.
-    Expected (paper, 2e20 and 6e20 FLOPs): a U with its minimum at rho = 0.75 to 0.85, 0.014 to 0.015 nats below rho = 1.
+    Expected (paper, 2e20 and 6e20 FLOPs): a U, lowest at rho = 0.75 to 0.85, 0.014 to 0.015 nats below rho = 1.
     """
     for seed in budget.seeds:
         for rho in budget.rhos:

@@ -1,8 +1,8 @@
-"""Tokenizers: train a byte-level BPE, or take one by path or hub name; and the bytes that each token stands for."""
+"""Tokenizers: train a byte-level BPE, or take one by path or hub name; encode with it; the bytes of its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from experiments.settings import UserError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0, 1, 2, in the places of DeepSeek's
 
+_BATCH_CHARS = 4_000_000
+
 # Tokens that other tokenizers begin a document with, the usual names first.
-_KNOWN_BOS = (BOS, "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<|startoftext|>", "<|endoftext|>", "</s>")
+_KNOWN_BOS = (BOS, "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<|startoftext|>", "<|endoftext|>", "</s>")  # noqa: RUF001
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -46,44 +48,83 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         UserError: neither is there, or the file is no tokenizer.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    path = tokenizer_file(name)
     try:
-        if path.suffix == ".json":
-            return Tokenizer.from_file(str(path))
-        return Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_file(str(path)) if path else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exceptions for files and for the hub
         raise UserError(
             f"no tokenizer {name!r} (`bpe`, a tokenizer.json, or a hub name): {error}".splitlines()[0]
         ) from error
+    # Both are saved with a tokenizer; the first would cut every document, the second would fill it up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_file(name: str) -> Path | None:
+    """Return the file that a tokenizer's name means, or None for `bpe` and for a name on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path / "tokenizer.json"
+    # Hub names are NAME or OWNER/NAME. Asking the hub for a mistyped path would take half a minute to fail.
+    is_path = path.suffix == ".json" or name.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2
+    return path if is_path else None
 
 
 def begin_token(tokenizer: Tokenizer) -> int:
-    """Return the id that begins a document, adding `<|bos|>` to a tokenizer without any."""
+    """Return the id that begins a document, adding `<|bos|>` to a tokenizer without any.
+
+    Only special tokens count: `<s>` may also be an ordinary piece of HTML.
+    """
+    specials = {
+        token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    }
     for token in _KNOWN_BOS:
-        if (token_id := tokenizer.token_to_id(token)) is not None:
-            return token_id
+        if token in specials:
+            return specials[token]
     tokenizer.add_special_tokens([AddedToken(BOS, special=True)])
-    return tokenizer.token_to_id(BOS)
+    token_id = tokenizer.token_to_id(BOS)
+    assert token_id is not None
+    return token_id
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[list[str], list[list[int]]]]:
+    """Yield texts and their ids in batches; text that spells a special token stays text."""
+    # Not saved with a tokenizer, so it is set where text is encoded.
+    tokenizer.encode_special_tokens = True
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= _BATCH_CHARS:
+            yield batch, _ids(tokenizer, batch)
+            batch, chars = [], 0
+    if batch:
+        yield batch, _ids(tokenizer, batch)
+
+
+def _ids(tokenizer: Tokenizer, batch: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
 
 
 def text_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
     """Bytes of text that each token stands for, [V]; special tokens stand for none.
 
     Bits per byte divide by their sum, so they must add up to the text's length: byte-level tokens spell one byte a
-    letter; SentencePiece tokens spell text, with U+2581 for a space and `<0xNN>` for a byte.
+    letter; SentencePiece tokens spell text, with U+2581 for a space and `<0xNN>` for a byte; added tokens spell
+    themselves. A SentencePiece tokenizer puts a space before each document, which counts as one byte more.
     """
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    added = tokenizer.get_added_tokens_decoder()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    ordinary = [token for token, token_id in vocabulary.items() if token_id not in special]
+    ordinary = [token for token, token_id in vocabulary.items() if token_id not in added]
     byte_level = sum(set(token) <= alphabet for token in ordinary) > 0.9 * len(ordinary)
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
     for token, token_id in vocabulary.items():
-        if token_id in special:
-            continue
-        if byte_level and set(token) <= alphabet:
+        if token_id in added:
+            sizes[token_id] = 0 if added[token_id].special else len(token.encode())
+        elif byte_level and set(token) <= alphabet:
             sizes[token_id] = len(token)
         elif len(token) == 6 and token.startswith("<0x"):
             sizes[token_id] = 1
