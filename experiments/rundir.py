@@ -55,6 +55,7 @@ class RunDir:
         here.path.mkdir(parents=True, exist_ok=True)
         draft = here.path / f"config.yaml.{os.getpid()}"
         save_run(run, draft)
+        assert load_run(draft) == run, "a run must come back as it was written: is a number of another type?"
         draft.replace(config)
         return here
 
