@@ -28,6 +28,7 @@ class NgramTables(nn.Module):
     def __init__(self, config: TableConfig, layer: int) -> None:
         super().__init__()
         self.table_SP = nn.Parameter(torch.empty(sum(config.n_slots[layer]), config.d_row))
+        self.first_row = 0
         self.sparse_grad = False
         """Set where the optimiser updates only the rows looked up."""
 

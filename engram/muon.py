@@ -10,6 +10,9 @@ The scale gives O the root mean square of an AdamW update, so that both share le
 Matrices of equal shape go through one batched iteration, stacks of experts with them: a hundred small experts one by
 one cost as much as half of the backward pass.
 
+Under FSDP2 a process holds some rows of a matrix, or some experts of a stack. Experts are independent, so each process
+orthogonalises its own; a matrix is gathered, orthogonalised everywhere, and each process keeps its rows.
+
 A fused projection, such as MLA's kv_down and kv_up, is one matrix, as in `torch.optim.Muon` and Moonlight's code:
 splitting it would make the optimiser depend on how attention lays out its heads.
 """
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -57,20 +61,21 @@ class Muon(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "closures are not used"
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            dtype = self.dtype or (torch.float32 if group["params"][0].device.type == "cpu" else torch.bfloat16)
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape[tuple(weight.shape[-2:])].append(weight)
-            for shape, weights in by_shape.items():
-                dtype = self.dtype or (torch.float32 if weights[0].device.type == "cpu" else torch.bfloat16)
-                # Cast before stacking: in bf16 the copies are half as large.
-                updates = (self._nesterov(weight, group["momentum"]).to(dtype) for weight in weights)
-                stacks = [update.view(-1, *shape) for update in updates]
-                orthogonal = newton_schulz(torch.cat(stacks))
+                    # Cast before stacking: in bf16 the copies are half as large.
+                    update = _whole_matrices(self._nesterov(weight, group["momentum"]).to(dtype))
+                    by_shape[tuple(weight.shape[-2:])].append((weight, update.view(-1, *weight.shape[-2:])))
+            for shape, pairs in by_shape.items():
+                orthogonal = newton_schulz(torch.cat([stack for _, stack in pairs]))
                 scale = 0.2 * max(shape) ** 0.5
-                for weight, update in zip(weights, orthogonal.split([len(s) for s in stacks]), strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+                parts = orthogonal.split([len(stack) for _, stack in pairs])
+                for (weight, _), update in zip(pairs, parts, strict=True):
+                    own = weight.to_local() if isinstance(weight, DTensor) else weight
+                    own.mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(_own_part(update, weight).view_as(own), alpha=-group["lr"] * scale)
 
     def _nesterov(self, weight: Tensor, momentum: float) -> Tensor:
         grad = weight.grad
@@ -80,6 +85,22 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(weight)
         state["momentum"].lerp_(grad, 1 - momentum)
         return grad.lerp(state["momentum"], momentum)
+
+
+def _whole_matrices(update: Tensor) -> Tensor:
+    """All matrices of which this process needs the update, whole."""
+    if not isinstance(update, DTensor):
+        return update
+    return update.full_tensor() if update.ndim == 2 else update.to_local()
+
+
+def _own_part(update: Tensor, weight: Tensor) -> Tensor:
+    """What of an update belongs to this process."""
+    if not isinstance(weight, DTensor) or weight.ndim == 3:
+        return update
+    whole = update.view(weight.shape)
+    own: Tensor = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+    return own
 
 
 def newton_schulz(G: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ all their directions equal weight: they stay with AdamW, like embedding and head
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from engram.config import OptimConfig
@@ -71,11 +72,26 @@ def needs_sparse_grad(config: OptimConfig) -> bool:
     return config.tables != "dense"
 
 
-class Optimizers:
-    """All optimisers of a model behind one step."""
+Reduce = Callable[[Tensor], None]
+"""Sums a tensor over the processes of a run, in place."""
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+
+def alone(_: Tensor) -> None:
+    """The sum over one process."""
+
+
+class Optimizers:
+    """All optimisers of a model behind one step.
+
+    Args:
+        optimizers: each with its own parameters.
+        reduce: sums over processes, where parameters are split over some.
+        split: the parameters besides DTensors of which every process holds another part: sharded tables.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], reduce: Reduce = alone, split: Sequence[Tensor] = ()) -> None:
         self.optimizers = tuple(optimizers)
+        self._reduce, self._split = reduce, {id(parameter) for parameter in split}
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def parameters(self) -> Iterable[Tensor]:
@@ -89,13 +105,23 @@ class Optimizers:
 
         Sparse gradients are coalesced first: their norm is that of the summed rows, equal to the dense gradient's.
         """
-        grads = []
+        whole: list[Tensor] = []
+        parts: list[Tensor] = []
         for parameter in self.parameters():
-            if parameter.grad is not None:
-                if parameter.grad.is_sparse:
-                    parameter.grad = parameter.grad.coalesce()
-                grads.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
-        norm = float(torch.nn.utils.get_total_norm(grads))
+            if (grad := parameter.grad) is None:
+                continue
+            if grad.is_sparse:
+                parameter.grad = grad = grad.coalesce()
+                grad = grad.values()
+            if isinstance(grad, DTensor):
+                parts.append(grad.to_local())
+            else:
+                (parts if id(parameter) in self._split else whole).append(grad)
+        square = torch.nn.utils.get_total_norm(parts).square() if parts else torch.zeros(())
+        square = square.to((whole or parts)[0].device)
+        self._reduce(square)
+        grads = whole + parts
+        norm = float((square + torch.nn.utils.get_total_norm(whole).square()).sqrt() if whole else square.sqrt())
         # A norm that is not finite is left alone: the caller sees it and ends the run.
         if 0 < max_norm < norm < float("inf"):
             torch._foreach_mul_(grads, max_norm / norm)
@@ -113,18 +139,26 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """State to continue from, bit for bit."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """What the optimisers remember of a parameter; empty before its first step."""
+        return next((o.state[parameter] for o in self.optimizers if parameter in o.state), {})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    def restore(self, parameter: Tensor, what: str, value: Any) -> None:
+        """Put back one entry of `state_of`."""
+        owner = next(o for o in self.optimizers if any(parameter is p for g in o.param_groups for p in g["params"]))
+        owner.state[parameter][what] = value
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, reduce: Reduce = alone, *, tables_are_split: bool = False
+) -> Optimizers:
     """Group a model's parameters by role and give each group its optimiser.
+
+    Args:
+        model: whole, or split over processes.
+        config: which optimisers, and their settings.
+        reduce: sums over the processes of a run.
+        tables_are_split: whether every process holds rows of its own.
 
     Raises:
         ValueError: a parameter has no role.
@@ -149,17 +183,22 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
             optimizers.append(torch.optim.Adam(tables, lr=lr, fused=True, **adam))
         else:
             optimizers.append(TableAdam(tables, lr=lr, rowwise=config.tables == "rowwise", **adam))
-    return Optimizers(optimizers)
+    return Optimizers(optimizers, reduce, by_role["table"] if tables_are_split else ())
 
 
 @torch.no_grad()
-def update_router_biases(model: nn.Module, gamma: float) -> None:
+def update_router_biases(model: nn.Module, gamma: float, reduce: Reduce = alone) -> None:
     """Move every router's balancing bias towards even load (loss-free balancing, arXiv 2408.15664, algorithm 1).
 
-    Experts above the mean load become harder to choose, those below easier; the counters start again from zero.
+    Experts above the mean load become harder to choose, those below easier; the counters start again from zero. With
+    several processes, loads are counted over all of them.
     """
-    for module in model.modules():
-        bias_E, load_E = getattr(module, "bias_E", None), getattr(module, "load_E", None)
-        if isinstance(bias_E, Tensor) and isinstance(load_E, Tensor):
-            bias_E += gamma * (load_E.mean() - load_E).sign()
-            load_E.zero_()
+    routers = [m for m in model.modules() if isinstance(getattr(m, "load_E", None), Tensor) and hasattr(m, "bias_E")]
+    if not routers:
+        return
+    loads_RE = torch.stack([router.get_buffer("load_E") for router in routers])
+    reduce(loads_RE)
+    for router, load_E in zip(routers, loads_RE, strict=True):
+        bias_E = router.get_buffer("bias_E")
+        bias_E += gamma * (load_E.mean() - load_E).sign()
+        router.get_buffer("load_E").zero_()

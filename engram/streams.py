@@ -11,6 +11,7 @@ small eps keeps its divisions finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,15 +43,13 @@ class HyperConnection(nn.Module):
         self.stream_bias = nn.Parameter(torch.empty(sum(self.sizes)))
         self.stream_alpha = nn.Parameter(torch.empty(3))
 
-    def reset_biases(self) -> None:
-        """Start as a plain residual: read the mean, write the output to every stream, hardly mix."""
+    def start(self) -> dict[str, Tensor]:
+        """Initial biases and alphas. A plain residual: read the mean, write the output to every stream, hardly mix."""
         M = self.sizes[0]
-        with torch.no_grad():
-            pre, post, res = self.stream_bias.split(self.sizes)
-            pre.fill_(-torch.log(torch.tensor(M - 1.0)))  # sigmoid -> 1 / M
-            post.zero_()  # 2 sigmoid -> 1
-            res.copy_((torch.eye(M) * 8.0).flatten())
-            self.stream_alpha.fill_(0.01)
+        pre = torch.full((M,), -math.log(M - 1))  # sigmoid -> 1 / M
+        post = torch.zeros(M)  # 2 sigmoid -> 1
+        res = (torch.eye(M) * 8.0).flatten()
+        return {"stream_bias": torch.cat((pre, post, res)), "stream_alpha": torch.full((3,), 0.01)}
 
     def maps(self, x_BTMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return H_pre [B, T, M], H_post [B, T, M] and H_res [B, T, M, M]; H_res[i, j] carries stream i to j."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -114,41 +113,10 @@ def command_status(args: argparse.Namespace) -> int:
 
 def command_run(args: argparse.Namespace) -> int:
     """Train one run directory; what `launch` starts for each run."""
-    from experiments.rundir import RunBusy, RunDir
-    from experiments.shards import Shards
-    from experiments.train import train
+    from experiments.rundir import RunDir
+    from experiments.worker import work
 
-    run_dir = RunDir(Path(args.run_dir))
-    run_dir.load()
-    runtime = load_runtime(args.words)
-    stop = _StopFlag()
-    try:
-        with run_dir.owned():
-            try:
-                outcome = train(run_dir, Shards(Path(args.shards)), runtime, stop)
-            except Exception as error:
-                run_dir.note_attempt("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
-                raise
-    except RunBusy as busy:
-        print(busy)
-        return 0
-    print(f"{run_dir.path}: {outcome}")
-    return 3 if outcome == "interrupted" else 0
-
-
-class _StopFlag:
-    """True once SIGTERM, SIGINT or SIGUSR1 has come: the trainer then finishes its step and saves."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, *_: object) -> None:
-        self.asked = True
-
-    def __call__(self) -> bool:
-        return self.asked
+    return work(RunDir(Path(args.run_dir)), Path(args.shards), load_runtime(args.words))
 
 
 def _runs_with_data(study: Study, *, build: bool) -> tuple[list[Run], Path]:

@@ -57,12 +57,16 @@ def places(runtime: Runtime) -> list[dict[str, str]]:
         raise UserError(
             f"runtime.threads={runtime.threads} must be at least 1 and runtime.workers={runtime.workers} at least 0"
         )
+    each = max(1, runtime.processes)
     gpus = [] if runtime.device == "cpu" else visible_gpus()
-    by_cores = 1 if runtime.device == "cuda" else max(1, usable_cores() // runtime.threads)
+    by_cores = 1 if runtime.device == "cuda" else max(1, usable_cores() // (runtime.threads * each))
     env = {"PYTHONUNBUFFERED": "1"}
     env |= {f"{name}_NUM_THREADS": str(runtime.threads) for name in ("OMP", "MKL", "OPENBLAS")}
-    n_workers = runtime.workers or len(gpus) or by_cores
-    return [env | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(n_workers)]
+    if gpus and len(gpus) < each:
+        raise UserError(f"runtime.processes={each} takes as many GPUs, and here are {len(gpus)}: lower it")
+    groups = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
+    n_workers = runtime.workers or len(groups) or by_cores
+    return [env | ({"CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} if groups else {}) for i in range(n_workers)]
 
 
 def visible_gpus() -> list[str]:

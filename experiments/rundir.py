@@ -28,6 +28,9 @@ from experiments.settings import Run, UserError, load_run, save_run
 
 State = Literal["planned", "running", "interrupted", "failed", "diverged", "final"]
 
+INTERRUPTED_CODE = 3
+"""Exit code of a worker that was asked to stop and saved."""
+
 
 class RunBusy(Exception):
     """Another process works on this run."""

@@ -5,41 +5,50 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
 
 class Lines:
-    """A JSON-lines file, open for writing behind its first `n_bytes`; later lines belong to steps that run again."""
+    """A JSON-lines file, open for writing behind its first `n_bytes`; later lines belong to steps that run again.
 
-    def __init__(self, path: Path, n_bytes: int) -> None:
-        self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115  closed by __exit__
-        self.file.truncate(n_bytes)
+    With `path` None it only counts, as all processes of a run but the first do.
+    """
+
+    def __init__(self, path: Path | None, n_bytes: int) -> None:
+        self.file: IO[bytes] | None = None
+        if path is not None:
+            self.file = open(path, "ab")  # noqa: SIM115  closed by __exit__
+            self.file.truncate(n_bytes)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def write(self, line: dict[str, Any]) -> int:
         """Append a line; return its length in bytes."""
         text = (json.dumps(line) + "\n").encode()
-        self.file.write(text)
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(text)
+            self.file.flush()
         return len(text)
 
     def sync(self) -> None:
         """Bring to disk what was written."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
 class Timing(Lines):
     """timing.jsonl: seconds since this attempt began, and the rate since the line before."""
 
-    def __init__(self, run_path: Path) -> None:
-        path = run_path / "timing.jsonl"
-        whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    def __init__(self, path: Path | None) -> None:
+        whole = path.read_bytes().rfind(b"\n") + 1 if path is not None and path.exists() else 0
         super().__init__(path, whole)  # a kill may have torn the last line
         self.began = self.last = time.monotonic()
 
@@ -49,6 +58,20 @@ class Timing(Lines):
         rate = round(tokens / (now - self.last), 1)
         self.write({"step": step, "seconds": round(now - self.began, 3), "tokens_per_s": rate})
         self.last = now
+
+
+@contextmanager
+def open_logs(run_path: Path, metrics_bytes: int, *, writes: bool) -> Iterator[tuple[Lines, Timing]]:
+    """Open metrics.jsonl, cut to what the checkpoint counts, and timing.jsonl.
+
+    Args:
+        run_path: the run's directory.
+        metrics_bytes: length of the metrics that are kept.
+        writes: whether this process is the one that writes.
+    """
+    metrics = Lines(run_path / "metrics.jsonl" if writes else None, metrics_bytes)
+    with metrics, Timing(run_path / "timing.jsonl" if writes else None) as timing:
+        yield metrics, timing
 
 
 def attempt_seconds(run_path: Path) -> float:

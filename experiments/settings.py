@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # comes with OmegaConf
 
 from engram.config import EngramConfig, ModelConfig, OptimConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_BUDGET = "cpu-small"
+
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=(?!\?\?\?$)", re.ASCII)  # `???` is OmegaConf's "not given"
 
 
 class UserError(Exception):
@@ -63,6 +69,8 @@ class TrainConfig:
             raise ValueError(f"{self.tokens=} is less than one step of {self.batch_tokens=}")
         if self.eval_tokens < self.seq_len:
             raise ValueError(f"{self.eval_tokens=} is less than one sequence of {self.seq_len=}")
+        if self.eval_every < 0:
+            raise ValueError(f"{self.eval_every=} must be a number of steps, or 0 for the end only")
 
     @property
     def steps(self) -> int:
@@ -119,8 +127,12 @@ class Runtime:
     """Runs trained side by side; 0 is one per GPU, or one per core."""
     threads: int = 1
     """CPU threads of one run. Two runs of one thread beat one run of two at laptop sizes."""
+    processes: int = 1
+    """Processes that train one run together on this machine, each on a GPU or on `threads` of its cores."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """For several processes: `ddp` if the model fits a device, `fsdp` splits it over all. Tables are split in both."""
     micro_batch_tokens: int = 0
-    """Tokens of one forward and backward; 0 takes the whole step's batch."""
+    """Tokens of one forward and backward of one process; 0 takes all of its share of the step's batch."""
     checkpoint_every_s: float = 60.0
 
 
@@ -159,6 +171,29 @@ class Budget:
             raise ValueError("a budget's backbone is the pure MoE of rho = 1: it needs moe and no memory")
         if bad := [rho for rho in self.rhos if not 0 <= rho <= 1]:
             raise ValueError(f"rhos must lie in [0, 1], not {bad}")
+        if self.data.tokenizer == "bpe" and self.data.vocab_size > self.backbone.vocab_size:
+            taken, room = self.data.vocab_size, self.backbone.vocab_size
+            raise ValueError(f"data.vocab_size={taken} tokens do not fit into backbone.vocab_size={room}")
+        if not self.seeds:
+            raise ValueError("seeds=[] leaves nothing to run: give at least one")
+        if not 0 <= self.control_rho < 1:
+            raise ValueError(f"{self.control_rho=} must lie in [0, 1): at 1 there is no memory to control")
+        if self.flops_per_s <= 0 or self.large_memory_factor <= 0:
+            raise ValueError(f"{self.flops_per_s=} and {self.large_memory_factor=} must be positive")
+        if endless := {key: value for key, value in _floats(asdict(self)) if not math.isfinite(value)}:
+            raise ValueError(f"numbers must be finite, not {', '.join(f'{k}={v}' for k, v in endless.items())}")
+
+
+def _floats(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float inside, with the dotted path that leads to it."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _floats(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _floats(inner, key)
 
 
 def canonical(value: Any) -> str:
@@ -184,39 +219,39 @@ def load_budget(name: str, overrides: Sequence[str] = ()) -> Budget:
     """Read a budget by name, or by the path of a YAML file, and apply `key=value` overrides.
 
     Raises:
-        UserError: unknown budget, unknown key, wrong type, or a value that a dataclass refuses.
+        UserError: unknown budget, unknown or repeated key, wrong type, or a value that a dataclass refuses.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no budget {name!r}: choose one of {', '.join(budget_names())}, or give a YAML file's path")
-    if bad := [o for o in overrides if "=" not in o or o.startswith("-") or o != o.replace(" =", "=")]:
-        raise UserError(f"overrides look like train.tokens=100000, not {' '.join(bad)}")
-    try:
-        layers = [
-            OmegaConf.structured(Budget),
-            OmegaConf.create({"name": path.stem}),
-            OmegaConf.load(path),
-            OmegaConf.from_dotlist(list(overrides)),
-        ]
-        budget = OmegaConf.to_object(OmegaConf.merge(*layers))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"budget {name}: {_one_line(error)}") from error
-    assert isinstance(budget, Budget)
+    keys = [_key(word) for word in overrides]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise UserError(f"{', '.join(twice)} is given more than once: {' '.join(overrides)}")
+    with _blaming(f"budget {name}"):
+        layers = [{"name": path.stem}, *({key: value} for key, value in _read(path).items())]
+    config = OmegaConf.structured(Budget)
+    for layer in layers:
+        with _blaming(f"budget {name}: {next(iter(layer))}"):
+            config = OmegaConf.merge(config, layer)
+    config = _with_overrides(config, overrides)
+    with _blaming(f"budget {name}"):
+        budget = OmegaConf.to_object(config)
+        assert isinstance(budget, Budget)
+        _check_runtime(budget.runtime, "runtime.")
     return budget
 
 
 def load_runtime(overrides: Sequence[str]) -> Runtime:
-    """Read a worker's `key=value` settings.
+    """Read a worker's `key=value` settings; of two for one key the later counts.
 
     Raises:
-        UserError: unknown key or wrong type.
+        UserError: unknown key, wrong type or an impossible value.
     """
-    try:
-        layers = OmegaConf.merge(OmegaConf.structured(Runtime), OmegaConf.from_dotlist(list(overrides)))
-        runtime = OmegaConf.to_object(layers)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"runtime settings: {_one_line(error)}") from error
-    assert isinstance(runtime, Runtime)
+    config = _with_overrides(OmegaConf.structured(Runtime), overrides)
+    with _blaming("runtime settings"):
+        runtime = OmegaConf.to_object(config)
+        assert isinstance(runtime, Runtime)
+        _check_runtime(runtime)
     return runtime
 
 
@@ -231,13 +266,53 @@ def load_run(path: Path) -> Run:
     Raises:
         UserError: the file is not a run of this version.
     """
-    try:
-        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path)))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+    with _blaming(str(path)):
+        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), _read(path)))
     assert isinstance(run, Run)
     return run
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping, interpolations as they stand."""
+    try:
+        given = OmegaConf.create(path.read_text(encoding="utf-8"))
+    except AssertionError:  # OmegaConf's, for a file that holds a number
+        given = None
+    if not isinstance(given, DictConfig):
+        raise ValueError("the file must map keys to values")
+    return {str(key): value for key, value in OmegaConf.to_container(given, resolve=False).items()}  # type: ignore[union-attr]
+
+
+def _with_overrides(config: Any, overrides: Sequence[str]) -> Any:
+    """Merge words one by one, so that an error names the word."""
+    for word in overrides:
+        _key(word)
+        with _blaming(word):
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
+    return config
+
+
+def _key(word: str) -> str:
+    if not _OVERRIDE.match(word):
+        raise UserError(f"changes look like train.tokens=100000, not {word}")
+    return word.partition("=")[0]
+
+
+def _check_runtime(runtime: Runtime, prefix: str = "") -> None:
+    for key, least in {"workers": 0, "threads": 1, "micro_batch_tokens": 0, "checkpoint_every_s": 0}.items():
+        if not getattr(runtime, key) >= least:
+            raise ValueError(f"{prefix}{key}={getattr(runtime, key)} must be at least {least}")
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Turn what OmegaConf, YAML and our own dataclasses raise into one line that begins with `what`."""
+    try:
+        yield
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        # OmegaConf adds lines about its own types, and forgets to fill in a value that is inside a list.
+        noise = ("reference_type=", "object_type=", f"full_key: {what.partition('=')[0]}")
+        lines = [line.strip() for line in str(error).splitlines()]
+        text = " ".join(line for line in lines if line and not line.startswith(noise))
+        text = text.replace("'$VALUE' of type '$VALUE_TYPE'", "in it").replace("'$VALUE'", "in it")
+        raise UserError(f"{what}: {text.replace('self.', '')}") from error

@@ -36,9 +36,13 @@ class Shards:
             }
             self.corpus = str(self.manifest["corpus"])
             self.bos_id, self.vocab_size = int(self.manifest["bos_id"]), int(self.manifest["vocab_size"])
-        except (OSError, ValueError, KeyError) as error:
+            self._tokens = {split: self._map(split) for split in ("train", "valid")}
+        except OSError as error:
             raise UserError(f"no shards in {path}: {error}; build them with `python -m experiments data`") from error
-        self._tokens = {split: self._map(split) for split in ("train", "valid")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"no shards in {path}: manifest.json is damaged ({type(error).__name__}: {error}); {self._remedy()}"
+            ) from error
 
     @cached_property
     def hash(self) -> str:
@@ -51,12 +55,30 @@ class Shards:
 
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int32]:
-        """Bytes of text that each token stands for, [V]."""
-        return np.asarray(np.load(self.path / "token_bytes.npy"), dtype=np.int32)
+        """Bytes of text that each token stands for, [V].
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            sizes_V = np.asarray(np.load(self.path / "token_bytes.npy"), dtype=np.int32)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged("token_bytes.npy", error) from error
+        if len(sizes_V) != self.vocab_size:
+            raise self._damaged("token_bytes.npy", f"{len(sizes_V):,} tokens instead of {self.vocab_size:,}")
+        return sizes_V
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        """What made the tokens.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise self._damaged("tokenizer.json", error) from error
 
     def describe(self) -> str:
         """One line for people."""
@@ -74,9 +96,13 @@ class Shards:
         """
         expected = self.manifest["files"] | {f"{s}.bin": f["sha256"] for s, f in self.manifest["splits"].items()}
         for name, sha256 in expected.items():
-            with open(self.path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise UserError(f"{self.path / name} is not what the manifest says: {self._remedy()}")
+            try:
+                with open(self.path / name, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError as error:
+                raise UserError(f"{self.path / name} is missing: {self._remedy()}") from error
+            if found != sha256:
+                raise UserError(f"{self.path / name} is not what the manifest says: {self._remedy()}")
 
     def _map(self, split: str) -> npt.NDArray[np.unsignedinteger[Any]]:
         file, dtype = self.path / f"{split}.bin", np.dtype(self.manifest["dtype"])
@@ -85,6 +111,9 @@ class Shards:
         if size != expected:
             raise UserError(f"{file} has {size:,} bytes instead of {expected:,}: {self._remedy()}")
         return np.memmap(file, dtype=dtype, mode="r")
+
+    def _damaged(self, name: str, why: object) -> UserError:
+        return UserError(f"{self.path / name} is damaged ({' '.join(str(why).split())}): {self._remedy()}")
 
     def _remedy(self) -> str:
         return f"delete {self.path} and run `python -m experiments data` again"

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from experiments.display import Display, Snapshot
-from experiments.rundir import RunDir, last_line
+from experiments.rundir import INTERRUPTED_CODE, RunDir, last_line
 from experiments.settings import Run
 from experiments.status import RunStatus, count, duration, loss_text, read_status, sweep_eta
 
 POLL_S = 0.1
 LOG_TAIL_BYTES = 4096
-INTERRUPTED_CODE = 3  # of a worker that was asked to stop and saved
 Outcome = Literal["waiting", "running", "final", "diverged", "failed", "skipped", "interrupted"]
 GIVEN_UP = ("failed", "skipped")  # by this launch
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.final import write_final
+from experiments.parallel import Team
 from experiments.rundir import RunDir, provenance
-from experiments.runlogs import Lines, Timing
+from experiments.runlogs import open_logs
 from experiments.settings import Runtime
 from experiments.shards import Shards
 from experiments.trainer import Trainer
@@ -21,14 +22,17 @@ Outcome = Literal["final", "diverged", "interrupted"]
 DIVERGED_FACTOR = 3.0  # a loss this many times ln(V), that of a uniform guess, does not come back
 
 
-def train(run_dir: RunDir, shards: Shards, runtime: Runtime, stop_asked: Callable[[], bool]) -> Outcome:
-    """Train a run to its end, from wherever it stands. The caller holds the run's lock.
+def train(
+    run_dir: RunDir, shards: Shards, runtime: Runtime, stop_asked: Callable[[], bool], team: Team | None = None
+) -> Outcome:
+    """Train a run to its end, from wherever it stands. The caller, or the team's first process, holds the run's lock.
 
     Args:
         run_dir: directory with a config.yaml.
         shards: the tokens the spec names.
         runtime: device, threads and the like; the result does not depend on it beyond rounding.
         stop_asked: polled after each step; True saves a checkpoint and returns "interrupted".
+        team: the processes that call this together; None is this one alone.
 
     Raises:
         UserError: shards, tokenizer or checkpoint do not fit the spec.
@@ -38,36 +42,44 @@ def train(run_dir: RunDir, shards: Shards, runtime: Runtime, stop_asked: Callabl
         return "diverged" if final["status"] == "diverged" else "final"
     run = run_dir.load()
     train, steps = run.spec.train, run.spec.train.steps
-    run_dir.note_attempt("start", **provenance(), threads=runtime.threads)
-    trainer = Trainer(run.spec, shards, runtime)
-    checkpoint, metrics_path = run_dir.path / "checkpoint.pt", run_dir.path / "metrics.jsonl"
+    team = team or Team(runtime)
+    if team.is_first:
+        run_dir.note_attempt("start", **provenance(), threads=runtime.threads, processes=team.size)
+    trainer = Trainer(run.spec, shards, runtime, team)
+    checkpoint, metrics_path = run_dir.path / "checkpoint", run_dir.path / "metrics.jsonl"
     how = "resumes at" if trainer.resume(checkpoint) else "starts at"
-    print(f"{run.spec.run_id}: {how} step {trainer.step} of {steps} on {trainer.device}", flush=True)
+    if team.is_first:
+        among = f" and {team.size - 1} more" if team.size > 1 else ""
+        print(f"{run.spec.run_id}: {how} step {trainer.step} of {steps} on {trainer.device}{among}", flush=True)
 
     last_saved = time.monotonic()
-    with Lines(metrics_path, trainer.metrics_bytes) as metrics, Timing(run_dir.path) as timing:
+    with open_logs(run_dir.path, trainer.metrics_bytes, writes=team.is_first) as (metrics, timing):
         while trainer.step < steps:
             line = trainer.train_step()
             if _diverged(line, run.spec.model.vocab_size):
-                print(f"diverged at step {trainer.step}: loss {line['loss']}, gradient norm {line['grad_norm']}")
-                timing.note(trainer.step, train.batch_tokens)
-                write_final(run, run_dir, trainer, "diverged", line, None)
+                if team.is_first:
+                    print(f"diverged at step {trainer.step}: loss {line['loss']}, gradient norm {line['grad_norm']}")
+                    timing.note(trainer.step, train.batch_tokens)
+                    write_final(run, run_dir, trainer, "diverged", line, None)
                 return "diverged"
             trainer.metrics_bytes += metrics.write(line)
             if trainer.step == steps or (train.eval_every and trainer.step % train.eval_every == 0):
                 trainer.metrics_bytes += metrics.write(trainer.valid_step())
             timing.note(trainer.step, train.batch_tokens)
-            stopping = stop_asked() and trainer.step < steps
-            if stopping or trainer.step == steps or time.monotonic() - last_saved >= runtime.checkpoint_every_s:
+            due = trainer.step == steps or time.monotonic() - last_saved >= runtime.checkpoint_every_s
+            stopping, saving = team.any(stop_asked() and trainer.step < steps, due)
+            if stopping or saving:
                 metrics.sync()
                 trainer.save(checkpoint)
                 last_saved = time.monotonic()
             if stopping:
-                run_dir.note_attempt("interrupted", step=trainer.step)
+                if team.is_first:
+                    run_dir.note_attempt("interrupted", step=trainer.step)
                 return "interrupted"
-    # Read back, since a kill may have come between the last checkpoint and here.
-    line, valid = _last_two(metrics_path)
-    write_final(run, run_dir, trainer, "final", line, valid)
+    if team.is_first:
+        # Read back, since a kill may have come between the last checkpoint and here.
+        line, valid = _last_two(metrics_path)
+        write_final(run, run_dir, trainer, "final", line, valid)
     return "final"
 
 

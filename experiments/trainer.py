@@ -7,7 +7,7 @@ draws from a global generator. A run that was killed and resumed therefore takes
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,8 +16,9 @@ from engram.initialise import init_weights
 from engram.optim import build_optimizers, needs_sparse_grad, update_router_biases
 from engram.schedule import lr_factor
 from engram.transformer import Transformer
-from experiments.checkpoint import load_checkpoint, save_checkpoint
+from experiments.checkpoint import load_tensors, read_facts, save_checkpoint
 from experiments.evaluate import validate
+from experiments.parallel import Team
 from experiments.settings import RunSpec, Runtime, UserError
 from experiments.shards import Shards, TrainOrder, check_vocab, valid_batches
 
@@ -31,12 +32,13 @@ class Trainer:
         spec: the run.
         shards: the tokens that the spec names.
         runtime: device, threads and the like; the result does not depend on it beyond rounding.
+        team: the processes that train the run together; None is this one alone.
 
     Raises:
         UserError: shards, tokenizer or settings do not fit the spec.
     """
 
-    def __init__(self, spec: RunSpec, shards: Shards, runtime: Runtime) -> None:
+    def __init__(self, spec: RunSpec, shards: Shards, runtime: Runtime, team: Team | None = None) -> None:
         check_vocab(shards, spec.model.vocab_size)
         if shards.hash != spec.data:
             raise UserError(
@@ -45,83 +47,88 @@ class Trainer:
             )
         self.spec, self.shards = spec, shards
         torch.set_num_threads(runtime.threads)
-        self.device = choose_device(runtime.device)
-        self.micro_sequences = _micro_sequences(spec.train.batch_tokens, spec.train.seq_len, runtime.micro_batch_tokens)
+        self.team = team or Team(runtime)
+        self.device = self.team.device
+        self.n_sequences = spec.train.batch_tokens // spec.train.seq_len
+        self.micro_sequences = _micro_sequences(spec.train.seq_len, self.n_sequences, runtime, self.team.size)
 
         compressed_V = None
         if spec.model.memory is not None:
             compressed_V = compress_vocabulary(shards.tokenizer, spec.model.vocab_size)
         self.model = Transformer(spec.model, compressed_V).to(self.device)
-        init_weights(self.model, spec.seed)
         self.model.set_sparse_tables(needs_sparse_grad(spec.train.optim))
-        self.optimizers = build_optimizers(self.model, spec.train.optim)
+        self.team.split(self.model)
+        init_weights(self.model, spec.seed)
+        self.optimizers = build_optimizers(
+            self.model, spec.train.optim, self.team.sum, tables_are_split=self.team.size > 1
+        )
+        self.forward = self.team.wrap(self.model)
         self.order = TrainOrder(shards, spec.train.seq_len, spec.seed)
         self.step = 0
         self.metrics_bytes = 0
         """Length of the metrics written up to this step."""
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write all that a run goes on from.
 
         Raises:
             OSError: the disk is full or not writable; the former checkpoint is untouched.
         """
         hash_spec = self.model.hash_spec
-        save_checkpoint(
-            path,
-            {
-                "run_id": self.spec.run_id,
-                "step": self.step,
-                "metrics_bytes": self.metrics_bytes,
-                "model": self.model.state_dict(),
-                "optimizers": self.optimizers.state_dict(),
-                "hash_spec": hash_spec.state() if hash_spec else None,
-            },
-        )
+        facts = {
+            "run_id": self.spec.run_id,
+            "step": self.step,
+            "metrics_bytes": self.metrics_bytes,
+            "hash_spec": hash_spec.state() if hash_spec else None,
+        }
+        save_checkpoint(folder, self.team, self.model, self.optimizers, facts)
 
-    def resume(self, path: Path) -> bool:
+    def resume(self, folder: Path) -> bool:
         """Take up the checkpoint, if there is one.
 
         Raises:
             UserError: the checkpoint is damaged, another run's, or hashed otherwise.
         """
-        state = load_checkpoint(path)
-        if state is None:
+        facts = read_facts(folder)
+        if facts is None:
             return False
-        if state["run_id"] != self.spec.run_id:
-            raise UserError(f"{path} belongs to run {state['run_id']}: delete it to train from the start")
+        if facts["run_id"] != self.spec.run_id:
+            raise UserError(f"{folder} belongs to run {facts['run_id']}: delete it to train from the start")
         if self.model.hash_spec is not None:
             try:
-                self.model.hash_spec.check_same(HashSpec.from_state(state["hash_spec"]))
+                self.model.hash_spec.check_same(HashSpec.from_state(facts["hash_spec"]))
             except ValueError as error:
-                raise UserError(f"{path}: {error}") from error
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.step, self.metrics_bytes = state["step"], state["metrics_bytes"]
+                raise UserError(f"{folder}: {error}") from error
+        load_tensors(folder, self.team, self.model, self.optimizers)
+        self.step, self.metrics_bytes = facts["step"], facts["metrics_bytes"]
         return True
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimiser step; return its line of metrics."""
         train = self.spec.train
-        batch = torch.from_numpy(self.order.batch(self.step, train.batch_tokens // train.seq_len))
+        batch = torch.from_numpy(self.order.batch(self.step, self.n_sequences))
         # The number of a sequence does not depend on how the batch is split.
-        draws = torch.arange(self.step * len(batch), (self.step + 1) * len(batch))
+        draws = torch.arange(self.step * self.n_sequences, (self.step + 1) * self.n_sequences)
+        own = self.team.part(self.n_sequences)
+        micro_batches = list(
+            zip(batch[own].split(self.micro_sequences), draws[own].split(self.micro_sequences), strict=True)
+        )
         loss_sum = torch.zeros((), device=self.device)
-        for micro, micro_draws in zip(
-            batch.split(self.micro_sequences), draws.split(self.micro_sequences), strict=True
-        ):
+        for i, (micro, micro_draws) in enumerate(micro_batches, start=1):
             ids = micro.to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-                loss = self.model(ids[:, :-1], ids[:, 1:], micro_draws.to(self.device))
-            # The weight makes unequal micro-batches add up to the mean over the whole batch.
-            loss = loss * (len(micro) / len(batch))
-            loss.backward()
+            with self.team.accumulating(self.forward, last=i == len(micro_batches)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                    loss = self.forward(ids[:, :-1], ids[:, 1:], micro_draws.to(self.device))
+                # The weight makes micro-batches of all processes add up to the mean over the whole batch.
+                loss = loss * (len(micro) / self.n_sequences)
+                loss.backward()
             loss_sum += loss.detach()
+        self.team.sum(loss_sum)
         grad_norm = self.optimizers.clip(train.optim.grad_clip)
         factor = lr_factor(self.step, train.steps, train.optim)
         self.optimizers.step(factor)
         self.optimizers.zero_grad()
-        update_router_biases(self.model, train.optim.router_bias_gamma)
+        update_router_biases(self.model, train.optim.router_bias_gamma, self.team.sum)
         self.step += 1
         return {
             "step": self.step,
@@ -135,9 +142,9 @@ class Trainer:
     def valid_step(self) -> dict[str, Any]:
         """Score the validation tokens; return a line of metrics."""
         train = self.spec.train
-        at_once = min(self.micro_sequences, VALID_SEQUENCES)
+        at_once = min(self.micro_sequences, VALID_SEQUENCES) * self.team.size
         batches = valid_batches(self.shards, train.eval_tokens, train.seq_len, at_once)
-        score = validate(self.model, batches, self.shards.token_bytes, train.precision)
+        score = validate(self.model, batches, self.shards.token_bytes, train.precision, self.team)
         return {
             "step": self.step,
             "tokens": self.step * train.batch_tokens,
@@ -148,20 +155,13 @@ class Trainer:
         }
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device asked for.
-
-    Raises:
-        UserError: "cuda" without a usable GPU.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
+def _micro_sequences(seq_len: int, n_sequences: int, runtime: Runtime, n_processes: int) -> int:
+    """Sequences of one forward pass of one process."""
+    if runtime.micro_batch_tokens % seq_len != 0:
+        raise UserError(f"runtime.micro_batch_tokens={runtime.micro_batch_tokens} must be a multiple of {seq_len=}")
+    if n_sequences % n_processes != 0:
         raise UserError(
-            "runtime.device=cuda, but torch sees no GPU: use runtime.device=cpu or install a CUDA build of torch"
+            f"{n_processes} processes cannot share {n_sequences} sequences a step: take a divisor of {n_sequences}"
         )
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _micro_sequences(batch_tokens: int, seq_len: int, micro_batch_tokens: int) -> int:
-    if micro_batch_tokens % seq_len != 0:
-        raise UserError(f"runtime.micro_batch_tokens={micro_batch_tokens} must be a multiple of {seq_len=}")
-    return (micro_batch_tokens or batch_tokens) // seq_len
+    own = n_sequences // n_processes
+    return min(runtime.micro_batch_tokens // seq_len or own, own)

@@ -75,6 +75,10 @@ def result(run_dir: RunDir) -> dict[str, Any]:
     return dict(final["result"])
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_run_stopped_after_every_few_steps_equals_one_that_was_not(arm: str, shards: Shards, tmp_path: Path) -> None:
     run = study_run(shards, **ARMS[arm])
@@ -173,7 +177,7 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(shards: Shards, 
     assert path.read_bytes() == (whole.path / "metrics.jsonl").read_bytes()
     assert result(killed) == result(whole)
     assert killed.attempts() == 4
-    assert not list(killed.path.glob("*.part"))
+    assert len(list((killed.path / "checkpoint").iterdir())) == 1
 
 
 def test_sigterm_saves_and_the_next_worker_goes_on(shards: Shards, tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ def test_sigterm_saves_and_the_next_worker_goes_on(shards: Shards, tmp_path: Pat
     assert process.wait() == 3
     last = metrics(run_dir)[-1]["step"]
     trainer = Trainer(run.spec, shards, EVERY_STEP)
-    assert trainer.resume(run_dir.path / "checkpoint.pt")
+    assert trainer.resume(run_dir.path / "checkpoint")
     assert trainer.step == last
     assert run_dir.state() == "interrupted"
 
@@ -201,16 +205,15 @@ def test_a_full_disk_ends_the_run_with_one_line_and_leaves_the_last_checkpoint(s
     """A limit on file sizes stands for the disk: every write beyond it fails the same way, with an OSError."""
     run = study_run(shards)
     run_dir = RunDir.create(tmp_path, run)
-    Trainer(run.spec, shards, EVERY_STEP).save(run_dir.path / "checkpoint.pt")
-    before = (run_dir.path / "checkpoint.pt").read_bytes()
+    Trainer(run.spec, shards, EVERY_STEP).save(run_dir.path / "checkpoint")
+    before = contents(run_dir.path / "checkpoint")
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     assert worker(run_dir, shards, preexec_fn=limit).wait() == 1
-    assert (run_dir.path / "checkpoint.pt").read_bytes() == before
-    assert not list(run_dir.path.glob("*.part"))
+    assert contents(run_dir.path / "checkpoint") == before
     assert run_dir.state() == "failed"
     said = (run_dir.path / "train.log").read_text().splitlines()[-1]
     assert said.startswith("error: could not write")
@@ -238,28 +241,34 @@ def test_a_diverging_run_ends_with_a_recorded_status(shards: Shards, tmp_path: P
 def test_a_checkpoint_hashed_otherwise_is_refused_and_both_are_named(shards: Shards, tmp_path: Path) -> None:
     run = study_run(shards)
     trainer = Trainer(run.spec, shards, EVERY_STEP)
-    trainer.save(tmp_path / "checkpoint.pt")
+    trainer.save(tmp_path / "checkpoint")
     spec = trainer.model.hash_spec
     assert spec is not None
     assert trainer.model.hasher is not None
     trainer.model.hasher.spec = replace(spec, pad_id=spec.pad_id + 1)
     with pytest.raises(UserError, match=rf"another pad_id: stored {spec.pad_id}, now {spec.pad_id + 1}"):
-        trainer.resume(tmp_path / "checkpoint.pt")
+        trainer.resume(tmp_path / "checkpoint")
 
 
-def test_a_truncated_checkpoint_is_refused_by_name(shards: Shards, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
+@pytest.mark.parametrize("how", ["cut", "lost"])
+def test_a_damaged_checkpoint_is_refused_by_name(file: str, how: str, shards: Shards, tmp_path: Path) -> None:
     trainer = Trainer(study_run(shards).spec, shards, EVERY_STEP)
-    path = tmp_path / "checkpoint.pt"
-    trainer.save(path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"checkpoint.pt is damaged .*: delete it to train this run from its start"):
-        trainer.resume(path)
+    trainer.train_step()
+    trainer.save(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "step-0000000001" / file
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=r"step-0000000001 is damaged .*: delete it to train this run from its start"):
+        trainer.resume(tmp_path / "checkpoint")
 
 
 def test_another_runs_checkpoint_is_refused(shards: Shards, tmp_path: Path) -> None:
-    Trainer(study_run(shards, seed=1).spec, shards, EVERY_STEP).save(tmp_path / "checkpoint.pt")
+    Trainer(study_run(shards, seed=1).spec, shards, EVERY_STEP).save(tmp_path / "checkpoint")
     with pytest.raises(UserError, match="belongs to run"):
-        Trainer(study_run(shards).spec, shards, EVERY_STEP).resume(tmp_path / "checkpoint.pt")
+        Trainer(study_run(shards).spec, shards, EVERY_STEP).resume(tmp_path / "checkpoint")
 
 
 def test_shards_of_other_data_are_refused(shards: Shards) -> None:

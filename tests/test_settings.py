@@ -1,0 +1,363 @@
+"""If these fail, a typing mistake trains another model than the one asked for, or a run loses its name and its result.
+
+Covers budgets (YAML and overrides), runs as files, and the identity of a run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from engram.config import EngramConfig, MLAConfig, ModelConfig, MoEConfig, OptimConfig, TableConfig
+from experiments.settings import (
+    CONFIGS,
+    Run,
+    RunSpec,
+    Runtime,
+    TrainConfig,
+    UserError,
+    budget_names,
+    canonical,
+    load_budget,
+    load_run,
+    load_runtime,
+    save_run,
+)
+from experiments.suites import runs_of
+
+BUDGETS = budget_names()
+ALL_ARMS = "controls=[dense,module-only,random-ids,strict,over-encoding]"
+
+
+def smoke_runs(*overrides: str, suite: str = "allocation") -> list[Run]:
+    return runs_of(suite, load_budget("cpu-smoke", overrides), "0" * 64)
+
+
+def ids(*overrides: str) -> list[str]:
+    return [run.spec.run_id for run in smoke_runs(*overrides)]
+
+
+# Budgets that come with the suite
+
+
+def test_every_budget_is_listed_by_its_files_name() -> None:
+    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == BUDGETS
+    assert {"cpu-small", "cpu-smoke", "gpu-small", "gpu-medium", "paper-2e20", "paper-6e20", "27b"} <= set(BUDGETS)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_budget_is_a_pure_moe_with_an_unsized_memory_and_a_grid_that_holds_rho_1(name: str) -> None:
+    budget = load_budget(name)
+    assert budget.name == name
+    assert budget.about
+    assert budget.backbone.moe is not None
+    assert budget.backbone.memory is None
+    assert budget.engram.tables.n_slots == ()
+    assert 1.0 in budget.rhos
+    assert budget.data.vocab_size <= budget.backbone.vocab_size
+
+
+def test_a_budget_may_lie_anywhere_and_is_named_by_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((CONFIGS / "cpu-smoke.yaml").read_text())
+    assert load_budget(str(path)) == replace(load_budget("cpu-smoke"), name="mine")
+
+
+def test_overrides_change_what_they_name_and_nothing_else() -> None:
+    before = load_budget("cpu-smoke")
+    after = load_budget("cpu-smoke", ["train.tokens=8192", "seeds=[3]", "data.corpus=a=b", "backbone.moe.top_k=2"])
+    assert before.backbone.moe is not None
+    assert after == replace(
+        before,
+        train=replace(before.train, tokens=8192),
+        seeds=(3,),
+        data=replace(before.data, corpus="a=b"),
+        backbone=replace(before.backbone, moe=replace(before.backbone.moe, top_k=2)),
+    )
+
+
+# Mistakes
+
+
+def refusal(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert "$VALUE" not in text, "OmegaConf's unfilled template"
+    return text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("nonsense=1", ["nonsense=1", "not in 'Budget'"]),
+        ("train.nonsense=1", ["train.nonsense=1", "not in 'TrainConfig'"]),
+        ("backbone.moe.n_experts=4", ["backbone.moe.n_experts=4", "not in 'MoEConfig'"]),
+        ("train.tokens=true", ["train.tokens", "'True'", "Integer"]),
+        ("train.tokens=1e6", ["train.tokens=1e6", "float", "Integer"]),
+        ("train.tokens=many", ["train.tokens", "'many'", "Integer"]),
+        ("train.tokens=", ["train.tokens=", "'None'"]),
+        ("train.optim.lr=true", ["train.optim.lr", "'True'", "Float"]),
+        ("seeds=[true]", ["seeds=[true]", "Integer"]),
+        ("seeds=[0.5]", ["seeds=[0.5]", "Integer"]),
+        ("seeds=3", ["seeds=3", "int"]),
+        ("train.optim=3", ["train.optim=3", "OptimConfig"]),
+        ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16', 'fp32'"]),
+        ("controls=[dense,nothing]", ["controls=[dense,nothing]", "'module-only'"]),
+        ("rhos=[1.0,0.5", ["rhos=[1.0,0.5", "expected ',' or ']'"]),
+    ],
+)
+def test_an_unknown_key_or_a_wrong_type_is_refused_with_key_and_value(override: str, said: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_budget("cpu-smoke", [override])
+    text = refusal(error)
+    assert all(part in text for part in said), text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.tokens=100", "tokens=100 is less than one step"),
+        ("train.seq_len=100", "must be a multiple of seq_len=100"),
+        ("train.eval_tokens=1", "eval_tokens=1 is less than one sequence"),
+        ("train.eval_every=-1", "eval_every=-1"),
+        ("train.optim.lr=-1", "lr=-1.0"),
+        ("train.optim.lr=inf", "train.optim.lr=inf"),
+        ("train.optim.lr=nan", "lr=nan"),
+        ("backbone.moe.top_k=47", "n_routed_experts=46 is below top_k=47"),
+        ("backbone.mla=null", "exactly one of mla and gqa"),
+        ("backbone.moe=null", "it needs moe and no memory"),
+        (
+            "backbone.over_encoding={tables: {d_mem: 16, n_hash_heads: 1, n_slots: [[5, 7]]}}",
+            "it needs moe and no memory",
+        ),
+        ("backbone.d_model=30", "d_model=30"),
+        ("data.vocab_size=2000", "data.vocab_size=2000 tokens do not fit into backbone.vocab_size=1024"),
+        ("engram.tables.d_mem=30", "d_mem=30 must be a multiple"),
+        ("engram.layer_ids=[2,1]", "layer_ids=(2, 1) must rise"),
+        ("rhos=[0.5,1.5]", "not [1.5]"),
+        ("rhos=[nan]", "not [nan]"),
+        ("seeds=[]", "seeds=[]"),
+        ("control_rho=1.0", "control_rho=1.0"),
+        ("flops_per_s=0", "flops_per_s=0.0"),
+        ("runtime.workers=-1", "runtime.workers=-1 must be at least 0"),
+        ("runtime.threads=0", "runtime.threads=0 must be at least 1"),
+        ("runtime.micro_batch_tokens=-64", "runtime.micro_batch_tokens=-64"),
+        ("runtime.checkpoint_every_s=-1", "runtime.checkpoint_every_s=-1"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(override: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_budget("cpu-smoke", [override])
+    assert refusal(error).startswith("budget cpu-smoke: ")
+    assert said in refusal(error)
+    assert "self." not in refusal(error), "the user has no self"
+
+
+@pytest.mark.parametrize("word", ["--x=1", "x =1", "train.tokens =1", "=1", "seeds[0]=1", "seeds.0=1", "train.tokens"])
+def test_a_word_that_is_no_override_is_refused_with_an_example(word: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_budget("cpu-smoke", [word])
+    assert refusal(error) == f"changes look like train.tokens=100000, not {word}"
+
+
+def test_omegaconfs_mark_for_a_missing_value_does_not_pass_for_one() -> None:
+    with pytest.raises(UserError, match=r"not train\.tokens=\?\?\?"):
+        load_budget("cpu-smoke", ["train.tokens=???"])
+
+
+def test_one_key_given_twice_is_refused_rather_than_decided() -> None:
+    with pytest.raises(UserError) as error:
+        load_budget("cpu-smoke", ["train.tokens=8192", "seeds=[1]", "train.tokens=16384"])
+    assert refusal(error).startswith("train.tokens is given more than once: train.tokens=8192 ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "missing mandatory value: about"),
+        ("[1, 2]", "must map keys to values"),
+        ("3", "must map keys to values"),
+        ("about: [", "did not find expected"),
+        ("about: a\nabout: b", "duplicate key about"),
+        ("about: a\nseeds: [true]", "seeds: Value in it could not be converted"),
+        ("about: a\nbackbone: {moe: {n_experts: 3}}", "backbone.moe.n_experts"),
+        ("about: a\ntrain: {tokens: 1e6}", "train.tokens"),
+        ("about: ${nowhere}", "nowhere"),
+        ("\0", "control characters"),
+    ],
+)
+def test_a_broken_budget_file_is_refused_by_path_and_place(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_budget(str(path))
+    assert refusal(error).startswith(f"budget {path}")
+    assert said in refusal(error)
+
+
+@pytest.mark.parametrize("name", ["cpu-smal", "missing/budget.yaml", ""])
+def test_an_unknown_budget_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_budget(name)
+    assert f"no budget {name!r}: choose one of {', '.join(BUDGETS)}" in refusal(error)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("worker=1", "worker=1: Key 'worker'"), ("threads=0", "threads=0 must be"), ("device=tpu", "'tpu'")],
+)
+def test_a_workers_settings_are_checked_as_strictly(word: str, said: str) -> None:
+    assert load_runtime(["threads=1", "threads=2"]) == Runtime(threads=2), "the later counts: flags are put behind"
+    with pytest.raises(UserError) as error:
+        load_runtime([word])
+    assert said in refusal(error)
+
+
+# Runs as files
+
+
+def test_a_run_of_every_arm_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+    runs = smoke_runs(ALL_ARMS) + smoke_runs(suite="baselines")
+    arms = {"allocation", "dense", "module-only", "random-ids", "over-encoding", "engram-large"}
+    assert {run.labels.arm for run in runs} == arms
+    assert {run.labels.mode for run in runs} == {"paper", "strict"}
+    for run in runs:
+        save_run(run, tmp_path / "config.yaml")
+        back = load_run(tmp_path / "config.yaml")
+        assert back == run
+        assert hash(back.spec.model) == hash(run.spec.model), "a list in place of a tuple"
+        assert back.spec.run_id == run.spec.run_id
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("seed: 0", "seed: zero", "spec.seed"),
+        ("seed: 0", "sed: 0", "sed"),
+        ("d_model: 32", "d_model: 33", "d_model=33"),
+        ("labels:", "labels: [", "expected"),
+    ],
+)
+def test_a_damaged_run_file_is_refused_by_path(before: str, after: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_run(smoke_runs()[0], path)
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(UserError) as error:
+        load_run(path)
+    assert refusal(error).startswith(f"{path}: ")
+    assert said in refusal(error)
+
+
+# Identity
+
+
+def test_a_number_has_one_identity_however_it_is_written() -> None:
+    lr, tokens = load_budget("cpu-smoke").train.optim.lr, load_budget("cpu-smoke").train.tokens
+    for same in (
+        f"train.optim.lr={lr}",
+        f"train.optim.lr={lr:.6e}",
+        f"train.optim.lr={lr:.9f}",
+        f"train.tokens={tokens:_}",
+    ):
+        assert ids(same) == ids()
+    names = {tuple(ids(f"train.optim.lr={text}")) for text in ("3e-4", "3.0E-4", "0.0003", "0.00030", ".0003", "30e-5")}
+    assert len(names) == 1
+    assert not {*names.pop()} & {*ids("train.optim.lr=0.00031")}
+
+
+def test_how_a_run_is_worked_on_never_changes_which_run_it_is() -> None:
+    changed: dict[str, Any] = {"runs_dir": "/elsewhere", "data_dir": "/far", "checkpoint_every_s": 1.5}
+    for f in fields(Runtime):
+        kind = get_type_hints(Runtime)[f.name]
+        if kind is int:
+            changed[f.name] = getattr(Runtime(), f.name) + 1
+        elif get_args(kind):
+            changed[f.name] = get_args(kind)[-1]
+    assert {f.name for f in fields(Runtime)} == set(changed), "a new setting: change it here too"
+    assert ids(*(f"runtime.{key}={value}" for key, value in changed.items())) == ids()
+    assert ids("about=else", "name=another", "flops_per_s=1", "suite=baselines") == ids(), "words about a study"
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"data": "1" * 64}, {"schema": 2}])
+def test_every_part_of_a_spec_changes_the_name(change: dict[str, int | str]) -> None:
+    spec = smoke_runs()[0].spec
+    assert replace(spec, **change).run_id != spec.run_id  # type: ignore[arg-type]
+
+
+MINIMAL = RunSpec(
+    seed=0,
+    model=ModelConfig(
+        vocab_size=64,
+        d_model=16,
+        n_layers=2,
+        d_ff=32,
+        mla=MLAConfig(n_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4),
+        moe=MoEConfig(n_routed_experts=4, top_k=2, d_expert=8, d_shared=8),
+        engram=EngramConfig(layer_ids=(1,), tables=TableConfig(d_mem=16, n_slots=((7,) * 16,))),
+    ),
+    train=TrainConfig(tokens=128, batch_tokens=64, seq_len=32, optim=OptimConfig(lr=1e-3)),
+    data="0" * 64,
+)
+
+
+# The same run as a file of this version holds it.
+SPELLED_OUT = """
+labels: {budget: test, arm: allocation, mode: paper, rho_target: null, rho: null}
+spec:
+  seed: 0
+  schema: 1
+  data: "0000000000000000000000000000000000000000000000000000000000000000"
+  model:
+    {vocab_size: 64, d_model: 16, n_layers: 2, d_ff: 32, n_dense_layers: 0, n_streams: 1, sinkhorn_iters: 20,
+    bos_id: 0, rope_theta: 10000.0, norm_eps: 1.0e-06, gqa: null, over_encoding: null,
+    mla: {n_heads: 2, kv_lora_rank: 8, qk_nope_head_dim: 4, qk_rope_head_dim: 4, v_head_dim: 4, q_lora_rank: null},
+    moe: {n_routed_experts: 4, top_k: 2, d_expert: 8, d_shared: 8, route_scale: 1.0},
+    engram: {layer_ids: [1], gate: signed_sqrt, conv_kernel: 4,
+      tables: {d_mem: 16, ngram_orders: [2, 3], n_hash_heads: 8, hash_seed: 0, pad_id: 2, compress_tokens: true,
+        stop_at_documents: true, lookup: text, n_slots: [[7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]]}}}
+  train:
+    {tokens: 128, batch_tokens: 64, seq_len: 32, precision: bf16, eval_tokens: 131072, eval_every: 0,
+    optim: {lr: 0.001, matrices: muon, tables: lazy, table_lr_mult: 5.0, weight_decay: 0.1, adam_betas: [0.9, 0.95],
+      adam_eps: 1.0e-08, muon_momentum: 0.95, grad_clip: 1.0, schedule: step, warmup_frac: 0.02, final_lr_frac: 0.1,
+      wsd_decay_frac: 0.2, router_bias_gamma: 0.001}}
+"""
+
+
+def test_the_name_of_a_known_run_is_what_it_always_was(tmp_path: Path) -> None:
+    """A change of a default, or of `canonical`, would give every run a new name and lose its result: raise `schema` if
+    results change, else leave the default and name the new value in a budget."""
+    (tmp_path / "config.yaml").write_text(SPELLED_OUT)
+    assert load_run(tmp_path / "config.yaml").spec == MINIMAL, "a default changed"
+    assert MINIMAL.run_id == "r8e50c9a0ef"
+
+
+def test_none_is_left_out_of_an_identity_so_that_an_optional_field_keeps_old_names() -> None:
+    assert canonical({"b": None, "a": {"y": None, "x": 1}, "c": [None, 2]}) == '{"a":{"x":1},"c":[null,2]}'
+    text = json.loads(canonical(MINIMAL))
+    assert "gqa" not in text["model"]
+    assert "q_lora_rank" not in text["model"]["mla"]
+
+
+def test_an_identity_has_sorted_keys_and_no_spaces() -> None:
+    assert canonical({"b": (1, 2.0), "a": True}) == '{"a":true,"b":[1,2.0]}'
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_json_cannot_write_has_no_identity(value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical({"lr": value})
+
+
+def test_names_begin_with_a_letter_and_go_on_with_ten_hex_digits() -> None:
+    """Else YAML would read some of them as numbers: 1234567890, or 12e4567890."""
+    names = ids(f"seeds={list(range(40))}")
+    assert len(names) == len(set(names)) == 240
+    for name in names:
+        assert name[0] == "r"
+        assert len(name) == 11
+        assert set(name[1:]) <= set("0123456789abcdef")
