@@ -1,5 +1,5 @@
 # make sweep                         install, build the corpus, train, fit, draw (20 minutes on two cores)
-# make sweep BUDGET=cpu-smoke        the same in a minute; SUITE=... picks another suite
+# make sweep BUDGET=cpu-smoke        the same in two minutes; SUITE=... picks another suite
 # make test                          install and test (10 minutes at most)
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BUDGET ?= cpu-small
 SUITE ?= allocation
 RUN := $(VENV)/bin/python
 
-.PHONY: help sweep test test-all check clean
+.PHONY: help sweep figures test test-slow check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -25,13 +25,18 @@ $(VENV)/.dev: $(VENV)/.run
 sweep: $(VENV)/.run  ## train a sweep and draw its curve: BUDGET=cpu-small SUITE=allocation
 	$(RUN) -m experiments launch $(SUITE) $(BUDGET)
 	$(RUN) -m analysis collect
+	$(RUN) -m analysis tables --budget $(BUDGET)
 	$(RUN) -m analysis figures --budget $(BUDGET)
+
+figures: $(VENV)/.run  ## redraw the committed figures and tables from the committed rows: no GPU, no training
+	$(RUN) -m analysis tables --table results/reference/runs.csv --out results/reference
+	$(RUN) -m analysis figures --table results/reference/runs.csv --out results/reference
 
 test: $(VENV)/.dev  ## install and run the default tests
 	$(RUN) -m pytest -m 'not slow'
 
-test-all: $(VENV)/.dev  ## also the slow tests
-	$(RUN) -m pytest
+test-slow: $(VENV)/.dev  ## only the tests that take minutes
+	$(RUN) -m pytest -m slow
 
 check: $(VENV)/.dev  ## lint, format, types, import contracts
 	$(VENV)/bin/ruff check .
@@ -39,5 +44,5 @@ check: $(VENV)/.dev  ## lint, format, types, import contracts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-clean:  ## remove the environment, shards and runs (results/runs.csv and figures stay)
-	rm -rf $(VENV) data results/runs
+clean:  ## remove the environment, shards, runs and your figures
+	rm -rf $(VENV) data results/runs results/code results/figures results/runs.csv

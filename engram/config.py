@@ -262,6 +262,10 @@ class OptimConfig:
             f"learning rates must be positive: {self.lr=}, {self.table_lr_mult=}",
         )
         _require(
+            all(0 <= beta < 1 for beta in self.adam_betas) and 0 <= self.muon_momentum < 1,
+            f"averages need weights in [0, 1): {self.adam_betas=}, {self.muon_momentum=}",
+        )
+        _require(
             0 <= self.warmup_frac < 1 and 0 < self.wsd_decay_frac <= 1, f"schedule shares must lie in [0, 1): {self}"
         )
         _require(

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,11 @@ PROBE_BYTES = 1 << 20
 
 
 def launch(
-    runs: Sequence[Run], runtime: Runtime, worker_flags: Sequence[str], command: Sequence[str] = WORKER
+    runs: Sequence[Run],
+    runtime: Runtime,
+    worker_flags: Sequence[str],
+    command: Sequence[str] = WORKER,
+    elsewhere: Collection[str] = (),
 ) -> LaunchReport:
     """Train what is not done yet, side by side, and say how it went.
 
@@ -34,6 +38,7 @@ def launch(
         runtime: where directories lie, how many workers, their threads.
         worker_flags: put behind the run directory on a worker's command line.
         command: what comes before it.
+        elsewhere: run_ids that are left alone, since a cluster has them queued or at work.
 
     Raises:
         UserError: a run directory holds another spec, or the settings make no sense.
@@ -44,10 +49,16 @@ def launch(
         pool = LocalPool(runtime, worker_flags, command)
         check_disk(runs_dir, runs)
         tasks = [new_task(run, RunDir.create(runs_dir, run)) for run in runs]
-        to_do = sum(task.outcome == "waiting" for task in tasks)
+        for task in tasks:
+            if task.outcome == "waiting" and task.run.spec.run_id in elsewhere:
+                task.outcome = "skipped"
+        outcomes = [task.outcome for task in tasks]
+        to_do, queued = outcomes.count("waiting"), outcomes.count("skipped")
+        done_before = len(runs) - to_do - queued
         if to_do:
             workers = count(min(pool.capacity, to_do), "worker")
-            before = f"{len(runs) - to_do} done before, " if to_do < len(runs) else ""
+            before = f"{done_before} done before, " if done_before else ""
+            before += f"{queued} left to SLURM, " if queued else ""
             print(f"{count(len(runs), 'run')} in {runs_dir}: {before}{to_do} to do with {workers}", flush=True)
         display = open_display()
         sweep = Sweep(tasks, pool, display)
@@ -56,7 +67,7 @@ def launch(
         finally:
             display.close()
     report = sweep.report()
-    print(summary(report, runs, done_before=len(runs) - to_do, seconds=time.monotonic() - sweep.began), flush=True)
+    print(summary(report, runs, done_before, seconds=time.monotonic() - sweep.began), flush=True)
     return report
 
 

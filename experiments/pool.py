@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from experiments.rundir import RunDir
@@ -60,13 +61,23 @@ def places(runtime: Runtime) -> list[dict[str, str]]:
     each = max(1, runtime.processes)
     gpus = [] if runtime.device == "cpu" else visible_gpus()
     by_cores = 1 if runtime.device == "cuda" else max(1, usable_cores() // (runtime.threads * each))
-    env = {"PYTHONUNBUFFERED": "1"}
-    env |= {f"{name}_NUM_THREADS": str(runtime.threads) for name in ("OMP", "MKL", "OPENBLAS")}
+    env = thread_variables(runtime)
     if gpus and len(gpus) < each:
         raise UserError(f"runtime.processes={each} takes as many GPUs, and here are {len(gpus)}: lower it")
     groups = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
     n_workers = runtime.workers or len(groups) or by_cores
     return [env | ({"CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} if groups else {}) for i in range(n_workers)]
+
+
+def worker_flags(runtime: Runtime, shards: Path) -> list[str]:
+    """What stands behind a run directory on a worker's command line."""
+    return ["--shards", str(shards), *(f"{f.name}={getattr(runtime, f.name)}" for f in fields(runtime))]
+
+
+def thread_variables(runtime: Runtime) -> dict[str, str]:
+    """What every worker sees, wherever it runs."""
+    threads = {f"{name}_NUM_THREADS": str(runtime.threads) for name in ("OMP", "MKL", "OPENBLAS")}
+    return {"PYTHONUNBUFFERED": "1"} | threads
 
 
 def visible_gpus() -> list[str]:

@@ -7,6 +7,7 @@ timing.jsonl      clock readings; never compared
 checkpoint.pt     replaced atomically
 train.log         what a worker printed
 final.json        written last, atomically: "status", "result", "cost"
+slurm.json        which job of a SLURM cluster it was given to last, if any
 LOCK              held by flock while a process works; never deleted
 """
 
@@ -30,6 +31,12 @@ State = Literal["planned", "running", "interrupted", "failed", "diverged", "fina
 
 INTERRUPTED_CODE = 3
 """Exit code of a worker that was asked to stop and saved."""
+
+PARENT_VARIABLE = "ENGRAM_WORKER"
+"""Process id that a worker stops without: set by whoever starts it and must not be outlived by it."""
+
+FROZEN = "FROZEN.json"
+"""In a copy of the code that was made for jobs (`experiments.frozen`): its commit, and whether it was changed."""
 
 
 class RunBusy(Exception):
@@ -191,15 +198,25 @@ def last_lines(path: Path, n_bytes: int = 65_536) -> list[dict[str, Any]]:
 
 def provenance() -> dict[str, Any]:
     """What produced a result: code, machine, command."""
-    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    frozen = Path(__file__).parent.parent / FROZEN
+    if frozen.exists():  # git would answer for the checkout that the copy happens to lie in
+        code = json.loads(frozen.read_text())
+    else:
+        code = {"commit": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain"))}
     return {
         "command": " ".join(sys.argv),
-        "commit": commit or "unknown",
-        "dirty": bool(dirty),
+        **code,
+        "job": slurm_job(),
         "host": platform.node(),
         "python": platform.python_version(),
         "pid": os.getpid(),
     }
+
+
+def slurm_job() -> str | None:
+    """The SLURM job that this process is part of, as squeue names it."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _git(*args: str) -> str:

@@ -15,16 +15,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import yaml  # type: ignore[import-untyped]  # comes with OmegaConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # comes with OmegaConf
 
 from engram.config import EngramConfig, ModelConfig, OptimConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_BUDGET = "cpu-small"
+
+T = TypeVar("T")
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=(?!\?\?\?$)", re.ASCII)  # `???` is OmegaConf's "not given"
 
@@ -135,6 +137,24 @@ class Runtime:
     """Tokens of one forward and backward of one process; 0 takes all of its share of the step's batch."""
     checkpoint_every_s: float = 60.0
 
+    def micro_sequences(self, train: TrainConfig, processes: int) -> int:
+        """Sequences of one forward pass of one of `processes`.
+
+        Raises:
+            UserError: the processes cannot share a step's batch, or a micro-batch holds no whole sequences.
+        """
+        sequences = train.batch_tokens // train.seq_len
+        if sequences % processes != 0:
+            raise UserError(
+                f"{processes} processes cannot share {sequences} sequences a step: take a divisor of {sequences}"
+            )
+        if self.micro_batch_tokens % train.seq_len != 0:
+            raise UserError(
+                f"runtime.micro_batch_tokens={self.micro_batch_tokens} must be a multiple of seq_len={train.seq_len}"
+            )
+        own = sequences // processes
+        return min(self.micro_batch_tokens // train.seq_len or own, own)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -174,6 +194,8 @@ class Budget:
         if self.data.tokenizer == "bpe" and self.data.vocab_size > self.backbone.vocab_size:
             taken, room = self.data.vocab_size, self.backbone.vocab_size
             raise ValueError(f"data.vocab_size={taken} tokens do not fit into backbone.vocab_size={room}")
+        if not 0 <= self.engram.tables.pad_id < self.backbone.vocab_size:
+            raise ValueError(f"engram.tables.pad_id={self.engram.tables.pad_id} is no token of the vocabulary")
         if not self.seeds:
             raise ValueError("seeds=[] leaves nothing to run: give at least one")
         if not 0 <= self.control_rho < 1:
@@ -255,6 +277,37 @@ def load_runtime(overrides: Sequence[str]) -> Runtime:
     return runtime
 
 
+def load_dataclass(schema: type[T], path: Path, overrides: Sequence[str], verbatim: Sequence[str] = ()) -> T:
+    """Read any frozen dataclass from a YAML file, then apply `key=value` overrides.
+
+    Args:
+        schema: the dataclass.
+        path: the file.
+        overrides: of two for one key the later counts.
+        verbatim: keys whose text is taken as it stands, since YAML reads an unquoted 12:00:00 as 43200.
+
+    Raises:
+        UserError: unknown key, wrong type, or a value that the dataclass refuses.
+    """
+    config = OmegaConf.structured(schema)
+    with _blaming(str(path)):
+        layers = _read(path)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        layers |= {key.value: value.value for key, value in root.value if key.value in verbatim}
+    for key, value in layers.items():
+        with _blaming(f"{path}: {key}"):
+            config = OmegaConf.merge(config, {key: value})
+    for word in overrides:
+        if (key := _key(word)) in verbatim:
+            config = OmegaConf.merge(config, {key: word.partition("=")[2]})
+        else:
+            config = _with_overrides(config, [word])
+    with _blaming(str(path)):
+        loaded = OmegaConf.to_object(config)
+        assert isinstance(loaded, schema)
+        return loaded
+
+
 def save_run(run: Run, path: Path) -> None:
     """Write a run as YAML; `load_run` gives an equal object back."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
@@ -299,7 +352,13 @@ def _key(word: str) -> str:
 
 
 def _check_runtime(runtime: Runtime, prefix: str = "") -> None:
-    for key, least in {"workers": 0, "threads": 1, "micro_batch_tokens": 0, "checkpoint_every_s": 0}.items():
+    for key, least in {
+        "workers": 0,
+        "threads": 1,
+        "processes": 1,
+        "micro_batch_tokens": 0,
+        "checkpoint_every_s": 0,
+    }.items():
         if not getattr(runtime, key) >= least:
             raise ValueError(f"{prefix}{key}={getattr(runtime, key)} must be at least {least}")
 
@@ -309,7 +368,7 @@ def _blaming(what: str) -> Iterator[None]:
     """Turn what OmegaConf, YAML and our own dataclasses raise into one line that begins with `what`."""
     try:
         yield
-    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         # OmegaConf adds lines about its own types, and forgets to fill in a value that is inside a list.
         noise = ("reference_type=", "object_type=", f"full_key: {what.partition('=')[0]}")
         lines = [line.strip() for line in str(error).splitlines()]

@@ -1,27 +1,25 @@
-"""Where every run of a suite stands, read from its files: for people, for scripts, and for the launcher's display."""
+"""Where a run stands, read from its files and from what SLURM says of it."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from experiments.failures import last_words
 from experiments.plan import short
-from experiments.pool import places
 from experiments.rundir import RunDir, State, last_line, last_lines
-from experiments.settings import Run, Runtime
+from experiments.settings import Run
+from experiments.squeue import Job, record_of
 
+RunState = State | Literal["queued", "requeued", "starting"]
+"""With what only SLURM knows: waiting for the first time, waiting once more, a job whose worker is still to come."""
+
+WAITING: tuple[RunState, ...] = ("planned", "queued", "requeued", "starting", "interrupted", "failed")
 RECENT_BYTES = 4096  # of a log: some fifty lines, enough for a steady rate and cheap to read often
 UNKNOWN = "--"
 
@@ -32,7 +30,7 @@ class RunStatus:
 
     run_id: str
     label: str
-    state: State
+    state: RunState
     step: int
     steps: int
     loss: float | None
@@ -45,6 +43,12 @@ class RunStatus:
     error: str | None
     """Why the last attempt failed."""
     log: str
+    job: str | None = None
+    """The SLURM job that has it now, or had it last."""
+    slurm: str | None = None
+    """SLURM's word for that job's state; None once it has left the queue."""
+    host: str | None = None
+    """Where it runs, or why it waits."""
 
     @property
     def share_left(self) -> float:
@@ -75,7 +79,7 @@ def read_status(run: Run, run_dir: RunDir, state: State | None = None) -> RunSta
     """
     state = state or run_dir.state()
     train = run.spec.train
-    step, loss, tokens_per_s, eta_s, run_s, error = 0, None, None, None, None, None
+    step, loss, tokens_per_s, eta_s, run_s, error, host = 0, None, None, None, None, None, None
     if state in ("final", "diverged"):
         final = run_dir.final()
         assert final is not None
@@ -90,6 +94,8 @@ def read_status(run: Run, run_dir: RunDir, state: State | None = None) -> RunSta
     if state == "running" and (steps_per_s := _steps_per_s(run_dir.path, train.batch_tokens)):
         tokens_per_s = steps_per_s * train.batch_tokens
         eta_s, run_s = (train.steps - step) / steps_per_s, train.steps / steps_per_s
+    if state == "running":
+        host = (last_line(run_dir.path / "attempts.jsonl") or {}).get("host")
     if state == "failed":
         error = (last_line(run_dir.path / "attempts.jsonl") or {}).get("error")
     return RunStatus(
@@ -104,7 +110,31 @@ def read_status(run: Run, run_dir: RunDir, state: State | None = None) -> RunSta
         run_s=run_s,
         error=error,
         log=str(run_dir.path / "train.log"),
+        host=host,
     )
+
+
+def add_job(row: RunStatus, job: Job | None, run_dir: RunDir) -> RunStatus:
+    """What SLURM adds to what a run's files show."""
+    if (record := record_of(run_dir)) is None:
+        return row
+    row = replace(row, job=job.id if job else record.job)
+    if row.state in ("final", "diverged"):
+        return row
+    if job is not None:
+        row = replace(row, slurm=job.state, host=job.host)
+        if row.state == "running" or job.phase == "ending":
+            return row
+        return replace(row, state="starting" if job.phase == "running" else job.phase, error=None)
+    if row.state in ("planned", "interrupted") and record.job is not None and not record.cancelled:
+        last = last_line(run_dir.path / "attempts.jsonl") or {"event": "start", "time": "", "job": None}
+        # The job that had the run is gone. Its worker says when it saves or fails; if this one did not, it was killed,
+        # or the job never came as far as starting one.
+        if last["time"] < record.time or (last["event"] == "start" and last.get("job") == record.job):
+            assert record.log is not None
+            error = last_words(record.log) or f"job {record.job} has left the queue without a word"
+            return replace(row, state="failed", error=error, log=str(record.log))
+    return row
 
 
 def _steps_per_s(path: Path, batch_tokens: int) -> float | None:
@@ -130,7 +160,7 @@ def sweep_eta(rows: Sequence[RunStatus], workers: int) -> float | None:
     Finished runs tell how long one takes; before there are any, the running ones do.
     """
     running = [row for row in rows if row.state == "running"]
-    waiting = [row for row in rows if row.state in ("planned", "interrupted", "failed")]
+    waiting = [row for row in rows if row.state in WAITING]
     lengths = [row.run_s for row in rows if row.state == "final" and row.run_s is not None]
     lengths = lengths or [row.run_s for row in running if row.run_s is not None]
     if not running and not waiting:
@@ -147,65 +177,6 @@ def sweep_eta(rows: Sequence[RunStatus], workers: int) -> float | None:
         last = max(last, end)
         heappush(ends, end)
     return last
-
-
-def status(runs: Sequence[Run], runtime: Runtime) -> list[RunStatus]:
-    """One row a run, in the suite's order. Creates nothing."""
-    return [read_status(run, RunDir(Path(runtime.runs_dir) / run.spec.run_id)) for run in runs]
-
-
-def as_dict(rows: Sequence[RunStatus], workers: int) -> dict[str, Any]:
-    """For --json."""
-    counts = Counter(row.state for row in rows)
-    return {
-        "counts": dict(counts),
-        "workers": workers,
-        "eta_s": sweep_eta(rows, workers),
-        "runs": [asdict(row) for row in rows],
-    }
-
-
-def render(rows: Sequence[RunStatus], width: int) -> Table:
-    """The table as people read it; a narrow one leaves out the names of the directories."""
-    wide = width >= 100
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("run")  # the only one that may shrink
-    table.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "tokens/s", "ETA"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("directory", no_wrap=True)
-    styles = {"running": "cyan", "failed": "red", "diverged": "red", "final": "green", "interrupted": "yellow"}
-    for row in rows:
-        table.add_row(
-            Text(row.label, no_wrap=True, overflow="crop"),
-            Text(row.state, style=styles.get(row.state, "")),
-            f"{row.step}/{row.steps}",
-            loss_text(row.loss),
-            rate_text(row.tokens_per_s),
-            duration(row.eta_s) if row.state == "running" else "",
-            *([row.run_id] if wide else []),
-        )
-    return table
-
-
-def print_status(runs: Sequence[Run], runtime: Runtime, *, as_json: bool = False) -> None:
-    """Print where a suite stands: a table and what failed, or JSON."""
-    rows, workers = status(runs, runtime), len(places(runtime))
-    if as_json:
-        print(json.dumps(as_dict(rows, workers), indent=1, allow_nan=False))
-        return
-    # What is piped into a file keeps its columns.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(render(rows, console.width))
-    counts = Counter(row.state for row in rows)
-    order: tuple[State, ...] = ("final", "diverged", "running", "interrupted", "failed", "planned")
-    print(f"{len(rows)} runs: {', '.join(f'{counts[state]} {state}' for state in order if counts[state])}")
-    for row in rows:
-        if row.state == "failed":
-            print(f"failed: {row.label}: {row.error or 'no reason noted'}\n  log: {row.log}")
-    if any(row.state not in ("final", "diverged") for row in rows):
-        print(f"about {duration(sweep_eta(rows, workers))} left on {count(workers, 'worker')}")
 
 
 def count(number: int, noun: str) -> str:

@@ -7,7 +7,6 @@ anything else a failure.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from experiments.display import Display, Snapshot
-from experiments.rundir import INTERRUPTED_CODE, RunDir, last_line
+from experiments.failures import Marks, marks_of, why_it_failed
+from experiments.rundir import INTERRUPTED_CODE, RunDir
 from experiments.settings import Run
 from experiments.status import RunStatus, count, duration, loss_text, read_status, sweep_eta
 
 POLL_S = 0.1
-LOG_TAIL_BYTES = 4096
 Outcome = Literal["waiting", "running", "final", "diverged", "failed", "skipped", "interrupted"]
 GIVEN_UP = ("failed", "skipped")  # by this launch
 
@@ -88,8 +87,7 @@ class Task:
     outcome: Outcome
     error: str = ""
     began: float = 0.0
-    marks: tuple[int, int] = (0, 0)
-    """Sizes of attempts.jsonl and train.log before this worker: what follows is its own."""
+    marks: Marks = (0, 0)
 
 
 @dataclass
@@ -176,7 +174,7 @@ class Sweep:
         return task.outcome == "waiting"
 
     def _start(self, task: Task) -> Job:
-        task.marks = (_size(task.run_dir.path / "attempts.jsonl"), _size(task.run_dir.path / "train.log"))
+        task.marks = marks_of(task.run_dir)
         task.began = time.monotonic()
         job = self.executor.start(task.run_dir)
         task.outcome = "running"
@@ -202,7 +200,7 @@ class Sweep:
             task.row = read_status(task.run, task.run_dir)
             said = f"stop  {task.row.label}: at step {task.row.step} of {task.row.steps}"
         elif code != 0:
-            task.outcome, task.error = "failed", why_it_failed(task, code)
+            task.outcome, task.error = "failed", why_it_failed(task.run_dir, task.marks, code)
             said = f"FAIL  {task.row.label}: {task.error}"
         elif self._settle(task):
             if fresh and task.outcome == "final":
@@ -229,24 +227,3 @@ def new_task(run: Run, run_dir: RunDir) -> Task:
     row = read_status(run, run_dir)
     outcome: Outcome = row.state if row.state == "final" or row.state == "diverged" else "waiting"
     return Task(run, run_dir, row, outcome)
-
-
-def why_it_failed(task: Task, code: int) -> str:
-    """One line: the error the worker noted, else what killed it, else the last thing it printed."""
-    attempts, log = task.run_dir.path / "attempts.jsonl", task.run_dir.path / "train.log"
-    if _size(attempts) > task.marks[0]:
-        last = last_line(attempts)
-        if last is not None and last["event"] == "failed":
-            return str(last["error"])
-    if code < 0:
-        hint = "; out of memory is the usual reason" if -code == signal.SIGKILL else ""
-        return f"killed by signal {-code} ({signal.strsignal(-code)}){hint}"
-    with open(log, "rb") as file:
-        file.seek(max(task.marks[1], _size(log) - LOG_TAIL_BYTES))
-        printed = file.read().decode(errors="replace").split("\n")
-    said = [line.strip() for line in printed if line.strip()]
-    return said[-1] if said else f"exit code {code}, and nothing printed"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

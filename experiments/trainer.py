@@ -50,7 +50,7 @@ class Trainer:
         self.team = team or Team(runtime)
         self.device = self.team.device
         self.n_sequences = spec.train.batch_tokens // spec.train.seq_len
-        self.micro_sequences = _micro_sequences(spec.train.seq_len, self.n_sequences, runtime, self.team.size)
+        self.micro_sequences = runtime.micro_sequences(spec.train, self.team.size)
 
         compressed_V = None
         if spec.model.memory is not None:
@@ -153,15 +153,3 @@ class Trainer:
             "bpb": score.bits_per_byte,
             "valid_tokens": score.tokens,
         }
-
-
-def _micro_sequences(seq_len: int, n_sequences: int, runtime: Runtime, n_processes: int) -> int:
-    """Sequences of one forward pass of one process."""
-    if runtime.micro_batch_tokens % seq_len != 0:
-        raise UserError(f"runtime.micro_batch_tokens={runtime.micro_batch_tokens} must be a multiple of {seq_len=}")
-    if n_sequences % n_processes != 0:
-        raise UserError(
-            f"{n_processes} processes cannot share {n_sequences} sequences a step: take a divisor of {n_sequences}"
-        )
-    own = n_sequences // n_processes
-    return min(runtime.micro_batch_tokens // seq_len or own, own)

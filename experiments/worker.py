@@ -19,13 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from experiments.parallel import Team
-from experiments.rundir import INTERRUPTED_CODE, RunBusy, RunDir
-from experiments.settings import Runtime, UserError
+from experiments.rundir import INTERRUPTED_CODE, PARENT_VARIABLE, RunBusy, RunDir
+from experiments.settings import Runtime
 from experiments.shards import Shards
 from experiments.train import train
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_PARENT = "ENGRAM_WORKER"  # process id of the worker that started this one as one of several
 _POLL_S = 0.05
 _GRACE_S = 10.0  # for the others, once one process of a run has failed
 
@@ -37,8 +36,6 @@ def work(run_dir: RunDir, shards_path: Path, runtime: Runtime) -> int:
         UserError: the run, its shards or the settings make no sense.
         OSError: a file could not be written.
     """
-    if runtime.processes < 1:
-        raise UserError(f"runtime.processes={runtime.processes} must be at least 1")
     run_dir.load()
     if runtime.processes > 1 and "RANK" not in os.environ:
         return _start_team(sys.argv, runtime.processes)
@@ -70,7 +67,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.asked = False
-        self.parent = os.environ.get(_PARENT)
+        self.parent = os.environ.get(PARENT_VARIABLE)
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -84,7 +81,7 @@ class StopFlag:
 def _start_team(argv: Sequence[str], n_processes: int) -> int:
     """Run this command once a rank on this machine; pass stop signals on; end all if one fails."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(n_processes)}
-    place[_PARENT] = str(os.getpid())
+    place[PARENT_VARIABLE] = str(os.getpid())
     command = [sys.executable, "-m", "experiments", *argv[1:]]
     ranks = [
         subprocess.Popen(command, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,28 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return build_shards(tmp_path_factory.mktemp("parallel"))
 
 
-def start(run_dir: RunDir, shards: Shards, *settings: str, **environ: str) -> subprocess.Popen[bytes]:
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    """A test that fails half-way leaves no worker behind."""
+    yield
+    for process in STARTED:
+        process.terminate()
+        process.wait()
+    STARTED.clear()
+
+
+def start(run_dir: RunDir, shards: Shards, *settings: str) -> subprocess.Popen[bytes]:
     argv = [sys.executable, "-m", "experiments", "run", str(run_dir.path), "--shards", str(shards.path), "device=cpu"]
     with open(run_dir.path / "train.log", "ab") as log:
-        return subprocess.Popen(
-            [*argv, *settings], cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"} | environ
+        STARTED.append(
+            subprocess.Popen(
+                [*argv, *settings], cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
         )
+    return STARTED[-1]
 
 
 def finish(run: Run, shards: Shards, folder: Path, *settings: str) -> RunDir:
@@ -65,7 +81,7 @@ def metrics(run_dir: RunDir) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, "waited in vain"
@@ -125,6 +141,25 @@ def test_a_checkpoint_is_taken_up_by_another_number_of_processes(
         f"resumes at step {json.loads((run_dir.path / 'attempts.jsonl').read_text().splitlines()[1])['step']}"
         in (run_dir.path / "train.log").read_text()
     )
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_processes(shards: Shards, tmp_path: Path) -> None:
+    run = study_run(shards)
+    ours = finish(run, shards, tmp_path / "ours", "processes=2")
+    theirs = RunDir.create(tmp_path / "theirs", run)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "experiments",
+    ]
+    argv = [*torchrun, "run", str(theirs.path), "--shards", str(shards.path), "device=cpu"]
+    subprocess.run(argv, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    assert (theirs.path / "metrics.jsonl").read_bytes() == (ours.path / "metrics.jsonl").read_bytes()
 
 
 def test_two_processes_that_are_stopped_go_on_bit_for_bit(shards: Shards, tmp_path: Path) -> None:

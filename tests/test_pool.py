@@ -27,6 +27,15 @@ def test_gpu_workers_are_pinned_to_one_visible_gpu_each(
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(Runtime(workers=workers))] == pinned
 
 
+def test_a_run_of_several_processes_gets_as_many_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in places(Runtime(processes=2))] == ["0,1", "2,3"]
+    with pytest.raises(UserError, match=r"runtime.processes=8 takes as many GPUs, and here are 5"):
+        places(Runtime(processes=8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert len(places(Runtime(device="cpu", threads=2, processes=2))) == 2
+
+
 def test_without_a_list_gpus_are_named_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho GPU-aa\necho GPU-bb\n")

@@ -15,9 +15,10 @@ from small_runs import BATCH_TOKENS, small_run
 
 from experiments import display
 from experiments.display import PlainDisplay, Snapshot, block
+from experiments.overview import overview, print_status
 from experiments.rundir import RunDir, State
 from experiments.settings import Run, Runtime
-from experiments.status import RunStatus, duration, label, print_status, read_status, status, sweep_eta
+from experiments.status import RunStatus, duration, label, read_status, sweep_eta
 
 STEPS = 100
 
@@ -150,7 +151,7 @@ def test_a_loss_that_is_no_number_is_null_in_json(tmp_path: Path, capsys: pytest
 
 
 def test_asking_for_the_status_creates_nothing(tmp_path: Path) -> None:
-    rows = status([small_run()], Runtime(runs_dir=str(tmp_path / "runs")))
+    rows = overview([small_run()], Runtime(runs_dir=str(tmp_path / "runs"))).rows
     assert [one.state for one in rows] == ["planned"]
     assert list(tmp_path.iterdir()) == []
 

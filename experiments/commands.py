@@ -1,0 +1,136 @@
+"""What each command of `python -m experiments` does, once its words are parsed.
+
+Imports that take long, and those that only some commands need, are made inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.plan import as_dicts, as_table, plan
+from experiments.pool import worker_flags
+from experiments.profiles import fit_runtime, load_profile
+from experiments.settings import UserError, load_runtime
+from experiments.study import parse_study, runs_with_data
+
+PROFILE_WORD = "slurm."  # begins a change to a profile, as in slurm.time=30
+
+
+def command_plan(args: argparse.Namespace) -> int:
+    study = parse_study(args.words)
+    points = plan(study.budget, study.planned())
+    if args.json:
+        print(json.dumps(as_dicts(points), indent=1))
+    else:
+        # A plan that is piped into a file keeps its columns.
+        Console(width=None if sys.stdout.isatty() else 160).print(as_table(study.budget, study.suite, points))
+    return 0
+
+
+def command_data(args: argparse.Namespace) -> int:
+    from experiments.corpus import prepare
+    from experiments.shards import Shards
+
+    budget = parse_study(args.words).budget
+    path = prepare(budget.data, Path(budget.runtime.data_dir))
+    shards = Shards(path)
+    if args.verify:
+        shards.verify()
+    print(f"{path}: {shards.describe()}{', verified' if args.verify else ''}")
+    return 0
+
+
+def command_launch(args: argparse.Namespace) -> int:
+    from experiments.launch import launch
+    from experiments.rundir import RunDir
+    from experiments.squeue import SlurmSilent, jobs_of
+
+    if args.on == "slurm":
+        return _launch_on_slurm(args)
+    if args.profile or args.yes or args.allow_dirty:
+        raise UserError("--profile, --yes and --allow-dirty belong to --on slurm")
+    study = parse_study(args.words)
+    if args.dry_run:
+        return command_plan(args)
+    runs, shards_path = runs_with_data(study, build=True)
+    runtime = study.budget.runtime
+    try:
+        queued = jobs_of(RunDir(Path(runtime.runs_dir) / run.spec.run_id) for run in runs)
+    except SlurmSilent as error:  # as at home, with run directories that come from a cluster
+        print(f"some runs were given to SLURM, which does not answer ({error}): going on without it", file=sys.stderr)
+        queued = {}
+    report = launch(runs, runtime, worker_flags(runtime, shards_path), elsewhere=queued)
+    return report.exit_code
+
+
+def _launch_on_slurm(args: argparse.Namespace) -> int:
+    from experiments.slurm import check_ready, submit
+    from experiments.slurm_plan import as_dict, confirm, decide, describe
+
+    words = [word for word in args.words if not word.startswith(PROFILE_WORD)]
+    changes = [word.removeprefix(PROFILE_WORD) for word in args.words if word.startswith(PROFILE_WORD)]
+    study = parse_study(words)
+    budget, runtime = study.budget, study.budget.runtime
+    name = args.profile or ("cpu" if runtime.device == "cpu" else "one-gpu")
+    profile = load_profile(name, changes)
+    fit_runtime(profile, runtime)
+    runtime.micro_sequences(budget.train, max(profile.n_tasks, runtime.processes))
+    if args.dry_run:
+        from experiments.corpus import find
+
+        has_data = find(budget.data, Path(runtime.data_dir)) is not None
+        runs = runs_with_data(study, build=False)[0] if has_data else study.planned()
+        todo = decide(runs, Path(runtime.runs_dir), budget.flops_per_s)
+        said = describe(profile, todo, runtime)
+        print(json.dumps(as_dict(profile, todo), indent=1) if args.json else "\n".join(said))
+        return 0
+    check_ready(profile, runtime, allow_dirty=args.allow_dirty)
+    runs, shards = runs_with_data(study, build=True)
+    todo = decide(runs, Path(runtime.runs_dir), budget.flops_per_s)
+    if not args.yes and not confirm(profile, todo.hours):
+        print("nothing submitted")
+        return 1
+    for line in submit(
+        runs, runtime, shards, profile, profile_name=name, flops_per_s=budget.flops_per_s, allow_dirty=args.allow_dirty
+    ):
+        print(line)
+    print(f"follow them: python -m experiments status --watch {shlex.join(words)}")
+    return 0
+
+
+def command_cancel(args: argparse.Namespace) -> int:
+    from experiments.slurm import cancel
+
+    study = parse_study(args.words)
+    runs, _ = runs_with_data(study, build=False)
+    for line in cancel(runs, Path(study.budget.runtime.runs_dir)):
+        print(line)
+    return 0
+
+
+def command_status(args: argparse.Namespace) -> int:
+    from experiments.overview import print_status, watch
+
+    if args.watch and args.json:
+        raise UserError("--watch is for people, --json for scripts: choose one")
+    study = parse_study(args.words)
+    runs, _ = runs_with_data(study, build=False)
+    if args.watch:
+        watch(runs, study.budget.runtime)
+    else:
+        print_status(runs, study.budget.runtime, as_json=args.json)
+    return 0
+
+
+def command_run(args: argparse.Namespace) -> int:
+    """Train one run directory; what `launch` starts for each run."""
+    from experiments.rundir import RunDir
+    from experiments.worker import work
+
+    return work(RunDir(Path(args.run_dir)), Path(args.shards), load_runtime(args.words))

@@ -1,0 +1,74 @@
+"""What a command was asked about: a suite of runs on a budget, and the data they train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments.settings import DEFAULT_BUDGET, Budget, Run, UserError, budget_names, load_budget
+from experiments.suites import SUITES, runs_of
+
+NO_DATA = "not built"
+"""Stands for the data's hash where runs are only counted."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A suite on a budget."""
+
+    suite: str
+    budget: Budget
+
+    def planned(self) -> list[Run]:
+        """The runs as far as they can be told without data.
+
+        Raises:
+            UserError: a point of the grid cannot be allocated.
+        """
+        return runs_of(self.suite, self.budget, NO_DATA)
+
+
+def parse_study(words: Sequence[str]) -> Study:
+    """Read suite, budget and `key=value` changes from the words of a command line.
+
+    Raises:
+        UserError: a word is neither, or two of a kind.
+    """
+    overrides = tuple(word for word in words if "=" in word)
+    suites = [word for word in words if word in SUITES]
+    budgets = [word for word in words if "=" not in word and word not in SUITES]
+    if len(suites) > 1 or len(budgets) > 1:
+        raise UserError(f"name one suite and one budget, not {' '.join(suites + budgets)}")
+    if budgets and budgets[0] not in budget_names() and not budgets[0].endswith((".yaml", ".yml")):
+        raise UserError(
+            f"{budgets[0]!r} is no suite ({', '.join(SUITES)}) and no budget ({', '.join(budget_names())}, "
+            "or a YAML file's path)"
+        )
+    budget = load_budget(budgets[0] if budgets else DEFAULT_BUDGET, overrides)
+    return Study(suites[0] if suites else budget.suite, budget)
+
+
+def runs_with_data(study: Study, *, build: bool) -> tuple[list[Run], Path]:
+    """The suite's runs on its shards, which are built if asked; and where the shards lie.
+
+    All that can be wrong with them is found here, before the first worker starts.
+
+    Raises:
+        UserError: a point cannot be allocated, the shards are missing and not to be built, or they do not fit.
+    """
+    from experiments.corpus import find, prepare
+    from experiments.shards import Shards, check_vocab, valid_batches
+
+    study.planned()  # an impossible grid is refused before a corpus is read
+    budget, data_dir = study.budget, Path(study.budget.runtime.data_dir)
+    train = budget.train
+    budget.runtime.micro_sequences(train, budget.runtime.processes)
+    path = prepare(budget.data, data_dir) if build else find(budget.data, data_dir)
+    if path is None:
+        raise UserError(f"no data yet for {budget.name}: python -m experiments data {budget.name}")
+    shards = Shards(path)
+    check_vocab(shards, budget.backbone.vocab_size)
+    valid_batches(shards, train.eval_tokens, train.seq_len, 1)
+    backbone = replace(budget.backbone, bos_id=shards.bos_id)
+    return runs_of(study.suite, replace(budget, backbone=backbone), shards.hash), path
