@@ -26,8 +26,9 @@ from experiments.commands import (
     command_run,
     command_status,
 )
+from experiments.loading import budget_names
 from experiments.profiles import profile_names
-from experiments.settings import UserError, budget_names
+from experiments.settings import UserError
 from experiments.suites import SUITES
 
 

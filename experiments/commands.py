@@ -13,10 +13,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.loading import load_runtime
 from experiments.plan import as_dicts, as_table, plan
 from experiments.pool import worker_flags
 from experiments.profiles import fit_runtime, load_profile
-from experiments.settings import UserError, load_runtime
+from experiments.settings import UserError
 from experiments.study import parse_study, runs_with_data
 
 PROFILE_WORD = "slurm."  # begins a change to a profile, as in slurm.time=30

@@ -103,7 +103,7 @@ def check_disk(runs_dir: Path, runs: Sequence[Run]) -> None:
     except OSError as error:
         raise OSError(f"cannot write to {runs_dir}: {error.strerror}; {remedy}") from error
     # A lower bound: a checkpoint also holds the optimisers' state, whose size their kind decides.
-    written = ("checkpoint.pt", "final.json")
+    written = ("checkpoint", "final.json")
     new = [run for run in runs if not any((runs_dir / run.spec.run_id / name).exists() for name in written)]
     needed = sum(4 * count_params(run.spec.model).total for run in new)
     free = shutil.disk_usage(runs_dir).free

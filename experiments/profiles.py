@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.settings import Runtime, UserError, load_dataclass
+from experiments.loading import load_dataclass
+from experiments.settings import Runtime, UserError
 
 PROFILES = Path(__file__).parent.parent / "slurm"
 

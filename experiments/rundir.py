@@ -4,7 +4,7 @@ config.yaml       the Run (spec and labels), written once, compared on every sta
 attempts.jsonl    one line when a process starts, one when it stops without finishing
 metrics.jsonl     deterministic quantities only: equal to the byte for equal runs
 timing.jsonl      clock readings; never compared
-checkpoint.pt     replaced atomically
+checkpoint/       one state, replaced atomically
 train.log         what a worker printed
 final.json        written last, atomically: "status", "result", "cost"
 slurm.json        which job of a SLURM cluster it was given to last, if any
@@ -25,7 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.settings import Run, UserError, load_run, save_run
+from experiments.loading import load_run, save_run
+from experiments.settings import Run, UserError
 
 State = Literal["planned", "running", "interrupted", "failed", "diverged", "final"]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.settings import DEFAULT_BUDGET, Budget, Run, UserError, budget_names, load_budget
+from experiments.loading import DEFAULT_BUDGET, budget_names, load_budget
+from experiments.settings import Budget, Run, UserError
 from experiments.suites import SUITES, runs_of
 
 NO_DATA = "not built"

@@ -22,9 +22,10 @@ from small_runs import small_run
 
 from experiments.display import PlainDisplay
 from experiments.launch import launch
+from experiments.loading import save_run
 from experiments.pool import LocalPool
 from experiments.rundir import RunDir
-from experiments.settings import Run, Runtime, UserError, save_run
+from experiments.settings import Run, Runtime, UserError
 from experiments.sweep import LaunchReport, Stop, Sweep, new_task
 
 TESTS = Path(__file__).parent

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from small_runs import small_run
 
+from experiments.loading import save_run
 from experiments.rundir import RunBusy, RunDir, last_line, last_lines
-from experiments.settings import UserError, save_run
+from experiments.settings import UserError
 
 ROOT = Path(__file__).parent.parent
 FINAL = {"status": "final", "result": {"valid_loss": 4.0}, "cost": {"seconds": 1.0}}

@@ -13,20 +13,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from engram.config import EngramConfig, MLAConfig, ModelConfig, MoEConfig, OptimConfig, TableConfig
-from experiments.settings import (
-    CONFIGS,
-    Run,
-    RunSpec,
-    Runtime,
-    TrainConfig,
-    UserError,
-    budget_names,
-    canonical,
-    load_budget,
-    load_run,
-    load_runtime,
-    save_run,
-)
+from experiments.loading import CONFIGS, budget_names, load_budget, load_run, load_runtime, save_run
+from experiments.settings import Run, RunSpec, Runtime, TrainConfig, UserError, canonical
 from experiments.suites import runs_of
 
 BUDGETS = budget_names()

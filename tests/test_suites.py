@@ -23,8 +23,9 @@ import torch
 from engram.config import ModelConfig
 from engram.counting import ParamCounts, count_params, train_flops_per_token
 from engram.transformer import Transformer
+from experiments.loading import budget_names, load_budget
 from experiments.plan import PlannedPoint, plan
-from experiments.settings import Budget, Run, UserError, budget_names, load_budget
+from experiments.settings import Budget, Run, UserError
 from experiments.suites import SUITES, runs_of
 
 ROOT = Path(__file__).parent.parent
