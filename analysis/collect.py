@@ -62,6 +62,8 @@ COLUMNS: Mapping[str, str] = {
     "peak_memory_gib": "float64",
     "device": "string",
     "threads": "Int64",
+    "processes": "Int64",
+    "micro_batch_tokens": "Int64",
     "attempts": "Int64",
     "commit": "string",
     "dirty": "boolean",
@@ -74,7 +76,9 @@ SORT = ["budget", "arm", "mode", "rho", "seed", "run_id"]
 
 
 def collect(runs: Path) -> pd.DataFrame:
-    """Read every finished run below a directory: one row each, known columns first, unknown ones at the end.
+    """Read every finished run below a directory: one row for each thing that it is for.
+
+    Known columns come first, unknown ones at the end.
 
     Args:
         runs: The directory that holds `<run_id>/final.json`; runs without that file have not finished.
@@ -86,7 +90,7 @@ def collect(runs: Path) -> pd.DataFrame:
     finals = sorted(runs.glob("*/final.json"))
     if not finals:
         raise UserError(f"no finished runs in {runs}: train some with `make sweep`, or name their place with --runs")
-    rows = [_row(path) for path in finals]
+    rows = [row for path in finals for row in _rows(path)]
     extra = sorted({key for row in rows for key in row} - set(COLUMNS))
     table = pd.DataFrame(rows, columns=[*COLUMNS, *extra])
     try:
@@ -131,6 +135,18 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(sibling, path)
     finally:
         sibling.unlink(missing_ok=True)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The run, once for everything that it is for: budgets and suites share runs."""
+    row, others = _row(path), path.with_name("labels.jsonl")
+    try:
+        labels = (
+            [json.loads(line) for line in others.read_text(encoding="utf-8").splitlines()] if others.exists() else []
+        )
+    except ValueError as error:
+        raise BadFile(f"{others} is torn ({error}): delete it and launch the suites again") from error
+    return [row, *(row | each for each in labels)]
 
 
 def _row(path: Path) -> dict[str, Any]:

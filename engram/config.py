@@ -196,7 +196,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require((self.mla is None) != (self.gqa is None), "set exactly one of mla and gqa")
         _require(
-            min(self.vocab_size, self.d_model, self.n_layers, self.n_streams) >= 1, f"sizes must be positive: {self}"
+            min(self.vocab_size, self.d_model, self.n_layers, self.n_streams, self.sinkhorn_iters) >= 1,
+            f"sizes must be positive: {self}",
         )
         _require(0 <= self.n_dense_layers <= self.n_layers, f"{self.n_dense_layers=} is outside 0..{self.n_layers}")
         _require(self.n_moe_layers == self.n_layers or self.d_ff >= 1, f"dense layers need a width: {self.d_ff=}")
@@ -269,6 +270,7 @@ class OptimConfig:
             0 <= self.warmup_frac < 1 and 0 < self.wsd_decay_frac <= 1, f"schedule shares must lie in [0, 1): {self}"
         )
         _require(
-            self.grad_clip >= 0 and self.weight_decay >= 0,
-            f"must not be negative: {self.grad_clip=}, {self.weight_decay=}",
+            min(self.grad_clip, self.weight_decay, self.final_lr_frac, self.router_bias_gamma) >= 0 < self.adam_eps,
+            f"must not be negative: {self.grad_clip=}, {self.weight_decay=}, {self.final_lr_frac=}, "
+            f"{self.router_bias_gamma=}, and {self.adam_eps=} must be positive",
         )

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ from experiments.settings import UserError
 
 State = dict[str, Any]
 
-_DAMAGE = (Exception, CheckpointException)  # torch raises many kinds for a damaged file; the last is no Exception
+_ANY = (Exception, CheckpointException)  # the last is no Exception, and wraps one of each process
+_DAMAGE = (EOFError, UnpicklingError, FileNotFoundError, KeyError, ValueError, TypeError, AssertionError)
+"""What reading a damaged file raises. torch also raises RuntimeError, whose text then names the archive."""
 
 
 def save_checkpoint(folder: Path, team: Team, model: nn.Module, optimizers: Optimizers, facts: State) -> None:
@@ -49,7 +52,7 @@ def save_checkpoint(folder: Path, team: Team, model: nn.Module, optimizers: Opti
     Raises:
         OSError: the disk is full or not writable; the former state is untouched.
     """
-    target = folder / f"step-{facts['step']:010d}"
+    target = _state_of(folder, facts["step"])
     draft = target.with_suffix(".part")
     tensors = _Tensors(team, model, optimizers)
     try:
@@ -66,9 +69,12 @@ def save_checkpoint(folder: Path, team: Team, model: nn.Module, optimizers: Opti
             for other in folder.glob("step-*"):
                 if other != target:
                     shutil.rmtree(other)
-    except (OSError, RuntimeError, CheckpointException) as error:  # torch reports a failed write as RuntimeError
+    except _ANY as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(f"could not write {target}: {_reason(error)}; free space and launch again") from error
+        cause = _cause(error)
+        # torch reports a failed write as RuntimeError; others are no matter of the disk.
+        remedy = "free space and " if isinstance(cause, OSError) or "riter" in str(cause) else ""
+        raise OSError(f"could not write {target}: {_reason(cause)}; {remedy}launch again") from error
 
 
 def read_facts(folder: Path) -> State | None:
@@ -76,6 +82,7 @@ def read_facts(folder: Path) -> State | None:
 
     Raises:
         UserError: the state is damaged.
+        OSError: it could not be read, though nothing says that it is damaged.
     """
     source = newest(folder)
     if source is None:
@@ -85,32 +92,36 @@ def read_facts(folder: Path) -> State | None:
         with _quietly():
             load(state, checkpoint_id=source, no_dist=True)
         return _from_bytes(state["facts"])
-    except _DAMAGE as error:
-        raise _damaged(source, error) from error
+    except _ANY as error:
+        raise _unreadable(source, error) from error
 
 
-def load_tensors(folder: Path, team: Team, model: nn.Module, optimizers: Optimizers) -> None:
-    """Take up the newest whole state; every process of the run calls this.
+def load_tensors(folder: Path, step: int, team: Team, model: nn.Module, optimizers: Optimizers) -> None:
+    """Take up the state of a step, which `read_facts` has told; every process of the run calls this.
 
     Raises:
         UserError: the state is damaged, or of another model.
+        OSError: it could not be read, though nothing says that it is damaged.
     """
-    source = newest(folder)
-    assert source is not None, "read_facts says whether there is a state"
+    source = _state_of(folder, step)
     tensors = _Tensors(team, model, optimizers)
     try:
         with _quietly():
             reader = FileSystemReader(source)
             state = tensors.expected(reader.read_metadata().state_dict_metadata)
             load(state, storage_reader=reader, no_dist=team.size == 1)
-    except _DAMAGE as error:
-        raise _damaged(source, error) from error
+    except _ANY as error:
+        raise _unreadable(source, error) from error
     tensors.take(state)
 
 
 def newest(folder: Path) -> Path | None:
     """Directory of the newest whole state."""
     return max((path for path in folder.glob("step-*") if path.suffix != ".part"), default=None)
+
+
+def _state_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:010d}"
 
 
 class _Tensors:
@@ -182,17 +193,24 @@ def _from_bytes(raw: bytes) -> State:
     return dict(torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True))
 
 
-def _damaged(source: Path, error: BaseException) -> UserError:
-    return UserError(
-        f"{source} is damaged ({type(error).__name__}: {_reason(error)}): delete it to train this run from its start"
-    )
+def _unreadable(source: Path, error: BaseException) -> Exception:
+    """What to raise where a state could not be read: the user's matter only if the files are at fault."""
+    cause = _cause(error)
+    if isinstance(cause, _DAMAGE) or any(word in str(cause) for word in ("PytorchStreamReader", "archive")):
+        return UserError(f"{source} is damaged ({_reason(cause)}): delete it to train this run from its start")
+    return OSError(f"could not read {source}: {_reason(cause)}; launch again")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first process's exception; torch wraps one of each."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in one line; torch wraps it in one traceback a process."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:200]
+    """Kind and text in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
 
 
 def _sync(folder: Path) -> None:

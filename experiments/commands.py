@@ -59,8 +59,12 @@ def command_launch(args: argparse.Namespace) -> int:
     study = parse_study(args.words)
     if args.dry_run:
         return command_plan(args)
-    runs, shards_path = runs_with_data(study, build=True)
     runtime = study.budget.runtime
+    if runtime.device == "cuda":
+        from experiments.parallel import choose_device  # imports torch, which a launch can otherwise do without
+
+        choose_device("cuda")
+    runs, shards_path = runs_with_data(study, build=True)
     try:
         queued = jobs_of(RunDir(Path(runtime.runs_dir) / run.spec.run_id) for run in runs)
     except SlurmSilent as error:  # as at home, with run directories that come from a cluster

@@ -84,11 +84,13 @@ def _cost(run_dir: RunDir, trainer: Trainer) -> dict[str, Any]:
     facts = provenance()
     return {
         "seconds": seconds,
-        "tokens_per_s": round(trainer.step * trainer.spec.train.batch_tokens / seconds, 1),
+        "tokens_per_s": round(trainer.step * trainer.spec.train.batch_tokens / seconds, 1) if seconds else None,
         "peak_memory_gib": round(peak / 2**30, 3),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "host_cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "processes": trainer.team.size,
+        "micro_batch_tokens": trainer.micro_sequences * trainer.spec.train.seq_len,
         "attempts": run_dir.attempts(),
         "commit": facts["commit"],
         "dirty": facts["dirty"],

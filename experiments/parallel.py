@@ -4,7 +4,7 @@ Each process takes an equal part of every batch. What is reported and what is le
 are, but for the order of sums: gradients are summed over processes, losses and expert loads too. The n-gram tables are
 always split by rows (`engram.sharding`).
 
-Processes find each other by the variables that torchrun sets, and that `experiments.ranks` and SLURM's jobs set too.
+Processes find each other by the variables that torchrun sets, and that `experiments.worker` and SLURM's jobs set too.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class Team:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             model, [*_tables(model), *(name for name, _ in model.named_buffers())]
         )
-        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+        # find_unused_parameters keeps DDP from ordering its buckets anew after the first step: a resumed run would
+        # begin with another order of sums than the one it was cut from.
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
         ddp.register_comm_hook(None, _sum_gradients)
         return ddp
 

@@ -88,7 +88,7 @@ def as_table(budget: Budget, suite: str, points: Sequence[PlannedPoint]) -> Tabl
         box=None,
     )
     table.add_column("arm", no_wrap=True)
-    for name in ("rho", "experts", "slots", "P_tot", "", "P_act", "", "FLOPs/token", "tokens", "hours", "seeds"):
+    for name in ("rho", "experts", "slots/table", "P_tot", "", "P_act", "", "FLOPs/token", "tokens", "hours", "seeds"):
         table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         table.add_row(

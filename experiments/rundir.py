@@ -1,6 +1,7 @@
 """A run's directory: identity, ownership, logs and state. States follow from files; there is no database.
 
 config.yaml       the Run (spec and labels), written once, compared on every start
+labels.jsonl      what else it is for, where another suite or budget shares it
 attempts.jsonl    one line when a process starts, one when it stops without finishing
 metrics.jsonl     deterministic quantities only: equal to the byte for equal runs
 timing.jsonl      clock readings; never compared
@@ -22,11 +23,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.loading import load_run, save_run
-from experiments.settings import Run, UserError
+from experiments.settings import Labels, Run, UserError
 
 State = Literal["planned", "running", "interrupted", "failed", "diverged", "final"]
 
@@ -60,8 +62,10 @@ class RunDir:
         here = cls(runs_dir / run.spec.run_id)
         config = here.path / "config.yaml"
         if config.exists():
-            if load_run(config).spec != run.spec:
+            there = load_run(config)
+            if there.spec != run.spec:
                 raise UserError(f"{here.path} holds another run than its name says: move it away and launch again")
+            here._note_labels(run.labels, there.labels)
             return here
         here.path.mkdir(parents=True, exist_ok=True)
         draft = here.path / f"config.yaml.{os.getpid()}"
@@ -69,6 +73,13 @@ class RunDir:
         assert load_run(draft) == run, "a run must come back as it was written: is a number of another type?"
         draft.replace(config)
         return here
+
+    def _note_labels(self, labels: Labels, first: Labels) -> None:
+        """Append to labels.jsonl what else the run is for: another budget's point may be the same run."""
+        path, line = self.path / "labels.jsonl", json.dumps(asdict(labels))
+        if labels != first and line not in (path.read_text().splitlines() if path.exists() else []):
+            with open(path, "a") as file:
+                file.write(line + "\n")
 
     def load(self) -> Run:
         """Read config.yaml and check that the directory bears the run's name.

@@ -21,7 +21,7 @@ def allocation(budget: Budget, data: str) -> Iterator[Run]:
     """Fig. 3 (left): loss against rho at fixed P_tot, P_act and tokens, with its controls.
 
     Command: python -m experiments launch allocation cpu-small
-    Cost: 22 runs, about 15 minutes on two CPU cores; `plan` prints it for every budget.
+    Cost: 20 runs, about 16 minutes on two CPU cores; `plan` prints it for every budget.
     Expected (paper, 2e20 and 6e20 FLOPs): a U, lowest at rho = 0.75 to 0.85, 0.014 to 0.015 nats below rho = 1.
     """
     for seed in budget.seeds:
@@ -35,7 +35,7 @@ def baselines(budget: Budget, data: str) -> Iterator[Run]:
     """Table 1: dense, MoE, Engram and a larger Engram at equal P_act.
 
     Command: python -m experiments launch baselines cpu-small
-    Cost: 8 runs, about 6 minutes on two CPU cores.
+    Cost: 8 runs, about 7 minutes on two CPU cores.
     Expected (paper, 27B): validation loss 1.768, 1.634, 1.622 and 1.610.
     """
     for seed in budget.seeds:

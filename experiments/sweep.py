@@ -195,7 +195,7 @@ class Sweep:
     def _end(self, task: Task, code: int, *, stopping: bool) -> None:
         seconds = time.monotonic() - task.began
         fresh = task.marks[0] == 0
-        if code == INTERRUPTED_CODE or (stopping and code < 0):
+        if code == INTERRUPTED_CODE or (stopping and (code < 0 or code > 128)):  # killed, or its processes were
             task.outcome = "interrupted"
             task.row = read_status(task.run, task.run_dir)
             said = f"stop  {task.row.label}: at step {task.row.step} of {task.row.steps}"

@@ -30,7 +30,7 @@ def train(
     Args:
         run_dir: directory with a config.yaml.
         shards: the tokens the spec names.
-        runtime: device, threads and the like; the result does not depend on it beyond rounding.
+        runtime: device, threads and the like, which change the order of sums.
         stop_asked: polled after each step; True saves a checkpoint and returns "interrupted".
         team: the processes that call this together; None is this one alone.
 
@@ -38,11 +38,11 @@ def train(
         UserError: shards, tokenizer or checkpoint do not fit the spec.
         OSError: a file could not be written; earlier files are whole.
     """
-    if (final := run_dir.final()) is not None:
+    team = team or Team(runtime)
+    if (final := team.share(run_dir.final())) is not None:
         return "diverged" if final["status"] == "diverged" else "final"
     run = run_dir.load()
     train, steps = run.spec.train, run.spec.train.steps
-    team = team or Team(runtime)
     if team.is_first:
         run_dir.note_attempt("start", **provenance(), threads=runtime.threads, processes=team.size)
     trainer = Trainer(run.spec, shards, runtime, team)
@@ -53,19 +53,18 @@ def train(
         print(f"{run.spec.run_id}: {how} step {trainer.step} of {steps} on {trainer.device}{among}", flush=True)
 
     last_saved = time.monotonic()
-    with open_logs(run_dir.path, trainer.metrics_bytes, writes=team.is_first) as (metrics, timing):
+    with open_logs(run_dir.path, trainer.metrics_bytes, trainer.step, writes=team.is_first) as (metrics, timing):
         while trainer.step < steps:
-            line = trainer.train_step()
-            if _diverged(line, run.spec.model.vocab_size):
+            line, valid = trainer.train_step(), None
+            if trainer.step == steps or (train.eval_every and trainer.step % train.eval_every == 0):
+                valid = trainer.valid_step()
+            timing.note(trainer.step, train.batch_tokens)
+            if _diverged(line, valid, run.spec.model.vocab_size):
                 if team.is_first:
-                    print(f"diverged at step {trainer.step}: loss {line['loss']}, gradient norm {line['grad_norm']}")
-                    timing.note(trainer.step, train.batch_tokens)
+                    print(f"diverged at step {trainer.step}: {line}, {valid}")
                     write_final(run, run_dir, trainer, "diverged", line, None)
                 return "diverged"
-            trainer.metrics_bytes += metrics.write(line)
-            if trainer.step == steps or (train.eval_every and trainer.step % train.eval_every == 0):
-                trainer.metrics_bytes += metrics.write(trainer.valid_step())
-            timing.note(trainer.step, train.batch_tokens)
+            trainer.metrics_bytes += metrics.write(line) + (metrics.write(valid) if valid else 0)
             due = trainer.step == steps or time.monotonic() - last_saved >= runtime.checkpoint_every_s
             stopping, saving = team.any(stop_asked() and trainer.step < steps, due)
             if stopping or saving:
@@ -83,9 +82,10 @@ def train(
     return "final"
 
 
-def _diverged(line: dict[str, Any], vocab_size: int) -> bool:
-    finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
-    return not finite or line["loss"] > DIVERGED_FACTOR * math.log(vocab_size)
+def _diverged(line: dict[str, Any], valid: dict[str, Any] | None, vocab_size: int) -> bool:
+    losses = [line["loss"], *([valid["loss"]] if valid else [])]
+    finite = all(map(math.isfinite, [*losses, line["grad_norm"]]))
+    return not finite or max(losses) > DIVERGED_FACTOR * math.log(vocab_size)
 
 
 def _last_two(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """One run's state and its steps: model, optimisers, step number. `experiments.train` drives it.
 
 A step is a pure function of (state, step number): the batch comes from the step number, random rows too, and nothing
-draws from a global generator. A run that was killed and resumed therefore takes the same steps, bit for bit.
+draws from a global generator. A run that was killed and resumed therefore takes the same steps: bit for bit on CPUs; on
+GPUs up to the order in which some kernels add.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Trainer:
     Args:
         spec: the run.
         shards: the tokens that the spec names.
-        runtime: device, threads and the like; the result does not depend on it beyond rounding.
+        runtime: device, threads and the like. It changes the order of sums, nothing else; once rounding has made a
+            token at a tie choose another expert, that can move a loss as much as another seed does.
         team: the processes that train the run together; None is this one alone.
 
     Raises:
@@ -55,9 +57,10 @@ class Trainer:
         compressed_V = None
         if spec.model.memory is not None:
             compressed_V = compress_vocabulary(shards.tokenizer, spec.model.vocab_size)
-        self.model = Transformer(spec.model, compressed_V).to(self.device)
+        self.model = Transformer(spec.model, compressed_V)
         self.model.set_sparse_tables(needs_sparse_grad(spec.train.optim))
-        self.team.split(self.model)
+        self.team.split(self.model)  # first: the whole model need not fit a device
+        self.model.to(self.device)
         init_weights(self.model, spec.seed)
         self.optimizers = build_optimizers(
             self.model, spec.train.optim, self.team.sum, tables_are_split=self.team.size > 1
@@ -89,7 +92,8 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged, another run's, or hashed otherwise.
         """
-        facts = read_facts(folder)
+        # The first process's answer: file systems may show others an older state.
+        facts = self.team.share(read_facts(folder) if self.team.is_first else None)
         if facts is None:
             return False
         if facts["run_id"] != self.spec.run_id:
@@ -99,7 +103,7 @@ class Trainer:
                 self.model.hash_spec.check_same(HashSpec.from_state(facts["hash_spec"]))
             except ValueError as error:
                 raise UserError(f"{folder}: {error}") from error
-        load_tensors(folder, self.team, self.model, self.optimizers)
+        load_tensors(folder, facts["step"], self.team, self.model, self.optimizers)
         self.step, self.metrics_bytes = facts["step"], facts["metrics_bytes"]
         return True
 

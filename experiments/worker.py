@@ -15,11 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from experiments.parallel import Team
-from experiments.rundir import INTERRUPTED_CODE, PARENT_VARIABLE, RunBusy, RunDir
+from experiments.rundir import INTERRUPTED_CODE, PARENT_VARIABLE, RunBusy, RunDir, last_lines
 from experiments.settings import Runtime
 from experiments.shards import Shards
 from experiments.train import train
@@ -38,27 +38,29 @@ def work(run_dir: RunDir, shards_path: Path, runtime: Runtime) -> int:
     """
     run_dir.load()
     if runtime.processes > 1 and "RANK" not in os.environ:
-        return _start_team(sys.argv, runtime.processes)
+        return _start_team(run_dir, sys.argv, runtime.processes)
     stop = StopFlag()
-    with ExitStack() as held, Team(runtime).joined() as team:
-        busy = ""
-        if team.is_first:
-            try:
-                held.enter_context(run_dir.owned())
-            except RunBusy as error:
-                busy = str(error)
-        if busy := team.share(busy):
+    try:
+        with ExitStack() as held, Team(runtime).joined() as team:
+            busy = ""
             if team.is_first:
-                print(busy)
-            return 0
-        try:
+                try:
+                    held.enter_context(run_dir.owned())
+                except RunBusy as error:
+                    busy = str(error)
+            if busy := team.share(busy):
+                if team.is_first:
+                    print(busy)
+                return 0
             outcome = train(run_dir, Shards(shards_path), runtime, stop, team)
-        except Exception as error:
-            run_dir.note_attempt("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
-            raise
-        if team.is_first:
-            print(f"{run_dir.path}: {outcome}")
-        return INTERRUPTED_CODE if outcome == "interrupted" else 0
+            if team.is_first:
+                print(f"{run_dir.path}: {outcome}")
+            return INTERRUPTED_CODE if outcome == "interrupted" else 0
+    except Exception as error:
+        with suppress(OSError):  # a full disk is often why we are here
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            run_dir.note_attempt("failed", error=text, rank=int(os.environ.get("RANK", "0")))
+        raise
 
 
 class StopFlag:
@@ -78,8 +80,8 @@ class StopFlag:
         return self.asked or (self.parent is not None and self.parent != str(os.getppid()))
 
 
-def _start_team(argv: Sequence[str], n_processes: int) -> int:
-    """Run this command once a rank on this machine; pass stop signals on; end all if one fails."""
+def _start_team(run_dir: RunDir, argv: Sequence[str], n_processes: int) -> int:
+    """Run this command once a rank on this machine; pass stop signals on; end all if one fails, and say which did."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(n_processes)}
     place[PARENT_VARIABLE] = str(os.getpid())
     command = [sys.executable, "-m", "experiments", *argv[1:]]
@@ -93,20 +95,41 @@ def _start_team(argv: Sequence[str], n_processes: int) -> int:
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
+    culprit: tuple[int, int] | None = None
     give_up = float("inf")
     try:
-        while None in (ended := [rank.poll() for rank in ranks]) and time.monotonic() < give_up:
-            if any(code not in (None, 0, INTERRUPTED_CODE) for code in ended):
-                give_up = min(give_up, time.monotonic() + _GRACE_S)  # the others may be about to say why, or be stuck
+        while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < give_up:
+            if culprit is None and (culprit := _first_failed(codes)) is not None:
+                give_up = time.monotonic() + _GRACE_S  # the others may be about to say why, or be stuck
             time.sleep(_POLL_S)
     finally:
         for rank in ranks:
             rank.kill()  # nothing to one that has ended
     codes = [rank.wait() for rank in ranks]
-    failed = [code for code in codes if code not in (0, INTERRUPTED_CODE)]
-    # Rather the one that failed by itself than those that were killed for it.
-    code = next((code for code in failed if code != -signal.SIGKILL), failed[0] if failed else max(codes))
-    return code if code >= 0 else 128 - code
+    culprit = culprit or _first_failed(codes)
+    if culprit is None:
+        return max(code for code in codes if code is not None)
+    _note_culprit(run_dir, *culprit, n_processes)
+    return culprit[1] if culprit[1] >= 0 else 128 - culprit[1]
+
+
+def _first_failed(codes: Sequence[int | None]) -> tuple[int, int] | None:
+    """Rank and exit code; of several at once rather one that a signal killed, which the others then fell over."""
+    failed = [(code, rank) for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED_CODE)]
+    return min(((rank, code) for code, rank in failed if code is not None), key=lambda pair: pair[1] >= 0, default=None)
+
+
+def _note_culprit(run_dir: RunDir, rank: int, code: int, n_processes: int) -> None:
+    """Let the last note be about the process that failed first: the others only say that a peer is gone."""
+    if code < 0:
+        name = signal.strsignal(-code)
+        error = f"process {rank} of {n_processes} was killed by signal {-code} ({name})"
+    else:
+        notes = [note for note in last_lines(run_dir.path / "attempts.jsonl") if note["event"] == "failed"]
+        own = [str(note["error"]) for note in notes if note.get("rank") == rank]
+        error = own[-1] if own else f"process {rank} of {n_processes} ended with code {code}"
+    with suppress(OSError):
+        run_dir.note_attempt("failed", error=error, rank=rank)
 
 
 def _free_port() -> int:

@@ -49,6 +49,18 @@ def test_a_table_reads_back_equal(tmp_path: Path) -> None:
     assert again["python"][0] == "3.10"
 
 
+def test_a_run_that_serves_two_budgets_has_a_row_for_each(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "ra")
+    labels = {"budget": "mine", "arm": "allocation", "mode": "paper", "rho_target": 0.75, "rho": 0.75}
+    path.with_name("labels.jsonl").write_text(json.dumps(labels) + "\n")
+    table = collect(tmp_path)
+    assert table[["budget", "rho", "run_id"]].values.tolist() == [["b", 0.8, "ra"], ["mine", 0.75, "ra"]]
+    assert table["valid_loss"].nunique() == 1
+    path.with_name("labels.jsonl").write_text('{"budget": "mi')
+    with pytest.raises(BadFile, match=r"labels.jsonl is torn"):
+        collect(tmp_path)
+
+
 def test_every_float_reads_back_as_the_same_number(tmp_path: Path) -> None:
     write_run(tmp_path, "ra")
     losses = np.random.default_rng(0).lognormal(0, 9, 3000)

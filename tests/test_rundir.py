@@ -38,6 +38,16 @@ def test_a_directory_nobody_worked_in_is_planned(run_dir: RunDir) -> None:
     assert [path.name for path in run_dir.path.iterdir()] == ["config.yaml"], "asking wrote something"
 
 
+def test_a_run_that_two_budgets_share_keeps_both_labels_once(tmp_path: Path) -> None:
+    ours, theirs = small_run(), small_run(budget="other", arm="allocation", rho=1.0, rho_target=1.0)
+    assert ours.spec.run_id == theirs.spec.run_id
+    for run in (ours, theirs, ours, theirs):
+        here = RunDir.create(tmp_path, run)
+    lines = [json.loads(line) for line in (here.path / "labels.jsonl").read_text().splitlines()]
+    assert [(line["budget"], line["arm"], line["rho"]) for line in lines] == [("other", "allocation", 1.0)]
+    assert here.load().labels == ours.labels
+
+
 def test_a_locked_run_is_running_even_before_its_first_note(run_dir: RunDir) -> None:
     with run_dir.owned():
         assert run_dir.state() == "running"

@@ -238,6 +238,26 @@ def test_a_diverging_run_ends_with_a_recorded_status(shards: Shards, tmp_path: P
         assert train(run_dir, shards, EVERY_STEP, never) == "diverged", "a diverged run is not tried again"
 
 
+def test_a_run_whose_last_update_breaks_it_has_diverged(shards: Shards, tmp_path: Path) -> None:
+    """Only its validation can tell: the loss of the last step is that of the weights before it."""
+    run = study_run(shards, tokens=256, optim=OptimConfig(lr=1e30, matrices="adamw", warmup_frac=0.0))
+    run_dir = RunDir.create(tmp_path, run)
+    with run_dir.owned():
+        assert train(run_dir, shards, EVERY_STEP, never) == "diverged"
+    assert result(run_dir)["steps"] == 1
+    assert result(run_dir)["valid_loss"] is None
+
+
+def test_metrics_that_were_lost_are_not_filled_up(shards: Shards, tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path, study_run(shards))
+    polls = iter([False, True])
+    with run_dir.owned():
+        assert train(run_dir, shards, EVERY_STEP, lambda: next(polls)) == "interrupted"
+        (run_dir.path / "metrics.jsonl").unlink()
+        with pytest.raises(UserError, match=r"metrics.jsonl has 0 bytes, but the checkpoint counts \d+"):
+            train(run_dir, shards, EVERY_STEP, never)
+
+
 def test_a_checkpoint_hashed_otherwise_is_refused_and_both_are_named(shards: Shards, tmp_path: Path) -> None:
     run = study_run(shards)
     trainer = Trainer(run.spec, shards, EVERY_STEP)
