@@ -1,4 +1,4 @@
-"""If these fail, a launch on a cluster asks for the wrong resources, submits a run twice, or cannot say what it did.
+"""If these fail, a launch on a cluster submits a run twice, or cannot say what it did.
 
 SLURM itself is not needed here: where it is asked something, small programs stand in for its commands. What only a real
 one can show is in test_slurm_cluster.py.
@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 from small_runs import small_run
 
-from experiments import filelock, slurm_plan
 from experiments import overview as overview_module
-from experiments.filelock import check_locks, launch_lock, mount_options
+from experiments import slurm_plan
 from experiments.overview import as_dict, overview, watch
-from experiments.profiles import Profile, fit_runtime, load_profile, profile_names
+from experiments.profiles import Profile
 from experiments.rundir import RunDir
 from experiments.settings import Run, Runtime, UserError
 from experiments.slurm import cancel
@@ -35,132 +34,6 @@ TESTS = Path(__file__).parent
 RECORD = Record(
     submission="ab12", index=0, job="7_0", time="2026-01-01T00:00:00Z", profile="cpu", logs="", commit="c", dirty=False
 )
-
-
-# Profiles
-
-
-def profile(path: Path, text: str, *changes: str) -> Profile:
-    (path / "mine.yaml").write_text(text)
-    return load_profile(str(path / "mine.yaml"), changes)
-
-
-@pytest.mark.parametrize("name", profile_names())
-def test_every_profile_of_the_suite_loads_and_fits_its_own_runtime(name: str) -> None:
-    loaded = load_profile(name)
-    runtime = fit_runtime(loaded, Runtime())
-    assert runtime.device == ("cuda" if loaded.gpus_per_node else "cpu")
-    text = (ROOT / "slurm" / f"{name}.yaml").read_text()
-    assert text.count("\n#") > 8, "a profile explains itself"
-
-
-def test_there_is_a_profile_for_every_size() -> None:
-    assert profile_names() == ["cpu", "one-gpu", "one-node-8-gpus", "several-nodes"]
-    assert [load_profile(name).n_tasks for name in profile_names()] == [1, 1, 8, 32]
-
-
-@pytest.mark.parametrize(
-    ("time", "minutes"),
-    [
-        ("90", 90), ("12:00:00", 720), ("'12:00:00'", 720), ("00:30:00", 30), ("2:00:30", 121), ("1-00:00:00", 1440),
-        ("2-12:00", 3600),
-    ],
-)  # fmt: skip
-def test_a_time_limit_means_what_sbatch_would_take_it_for(time: str, minutes: int, tmp_path: Path) -> None:
-    """YAML by itself reads an unquoted 12:00:00 as the number 43200."""
-    assert profile(tmp_path, f"time: {time}").minutes == minutes
-    assert profile(tmp_path, "time: 5", "signal_delay_s=10", f"time={time.strip(chr(39))}").minutes == minutes
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("time: 10\ngpus: 2", "gpus: Key 'gpus' not in 'Profile'"),
-        ("time: 10\nnodes: two", "nodes: Value 'two' of type 'str' could not be converted to Integer"),
-        ("time: 1:30", "time=1:30 may mean minutes or hours: write HH:MM:SS"),
-        ("time: soon", "time=soon must be minutes, HH:MM:SS or D-HH:MM:SS"),
-        ("time: 0", "minutes=0 must be at least 1"),
-        ("time: 10\nnodes: 0", "nodes=0 must be at least 1"),
-        ("time: 10\nmem_gb: 0", "mem_gb=0.0 must be positive"),
-        ("time: 10\narray_parallelism: 0", "array_parallelism=0 must be at least 1"),
-        ("time: 10\ngpus_per_node: 2\ntasks_per_node: 4", "tasks_per_node=4 processes need a GPU each"),
-        ("time: 3\nsignal_delay_s: 120", "signal_delay_s=120 must leave at least half of time=3 for work"),
-        ("time: 10\nextra: {signal: USR1@5}", "extra.signal is set by the suite itself: remove it"),
-        ("time: 10\nsetup: module load cuda", "setup: "),
-        ("nodes: 1", "time"),
-        ("3", "the file must map keys to values"),
-        ("time: [", "mine.yaml: "),
-    ],
-)
-def test_a_mistake_in_a_profile_is_named(text: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refused:
-        profile(tmp_path, text)
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_profile_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(UserError, match="no profile 'gpu': choose one of cpu, one-gpu, one-node-8-gpus, several-nodes"):
-        load_profile("gpu")
-
-
-@pytest.mark.parametrize(
-    ("changes", "runtime", "said"),
-    [
-        ({"tasks_per_node": 2}, {"processes": 2}, "leave runtime.processes at 1"),
-        ({"gpus_per_node": 8}, {}, "gpus_per_node=8, but a run has 1 processes on a node"),
-        ({"cpus_per_task": 2}, {"threads": 4}, "a run wants 4 threads of a task, but cpus_per_task=2"),
-        ({}, {"device": "cuda"}, "runtime.device=cuda, but the profile has gpus_per_node=0"),
-        ({"gpus_per_node": 1}, {"device": "cpu"}, "runtime.device=cpu, but the profile has gpus_per_node=1"),
-    ],
-)
-def test_a_profile_that_contradicts_the_runtime_is_refused(
-    changes: dict[str, Any], runtime: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
-        fit_runtime(Profile(time="60", **changes), Runtime(**runtime))
-
-
-# Locks
-
-
-def test_locks_work_where_tests_run(tmp_path: Path) -> None:
-    check_locks(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [("pass", "could be locked again, so two jobs might train one run"), ("raise OSError('no')", "no")],
-)
-def test_a_place_where_locks_do_not_exclude_is_refused(
-    other: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(filelock, "_TRY", other)  # what the child does instead of being turned away
-    with pytest.raises(UserError, match=f"{said}.*runtime.runs_dir=DIR"):
-        check_locks(tmp_path)
-
-
-def test_a_mount_that_keeps_locks_on_one_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filelock, "mount_options", lambda *_: ["rw", "localflock"])
-    with pytest.raises(UserError, match="mounted with localflock, locks hold on one machine only"):
-        check_locks(tmp_path)
-
-
-def test_mount_options_are_those_of_the_innermost_mount(tmp_path: Path) -> None:
-    table = tmp_path / "mounts"
-    table.write_text(f"root / ext4 rw 0 0\nfs {tmp_path} lustre rw,localflock 0 0\nfs /elsewhere nfs nolock 0 0\n")
-    assert mount_options(tmp_path / "runs", table) == ["rw", "localflock"]
-    assert mount_options(Path("/usr"), table) == ["rw"]
-    assert mount_options(tmp_path, tmp_path / "absent") == []
-
-
-def test_a_second_launch_waits_for_the_first_and_knows_who_it_is(tmp_path: Path) -> None:
-    refused = pytest.raises(UserError, match=rf"process {os.getpid()} of .* has been submitting")
-    with launch_lock(tmp_path), refused, launch_lock(tmp_path, patience_s=0.2):
-        pass
-    with launch_lock(tmp_path, patience_s=0):
-        pass
 
 
 # The queue, read from a stand-in
