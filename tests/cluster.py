@@ -154,7 +154,8 @@ class Sweep:
 
     def steps_taken(self) -> list[list[int]]:
         """Every step that any attempt took, in order: a step that was trained twice is there twice."""
-        return [[line["step"] for line in lines(path / "timing.jsonl")] for path in self.dirs()]
+        # A line at 0 seconds begins an attempt and is no step.
+        return [[line["step"] for line in lines(path / "timing.jsonl") if line["seconds"] > 0] for path in self.dirs()]
 
     def results(self) -> dict[str, Any]:
         """What must be equal to the bit: the results, and every line of the metrics."""
