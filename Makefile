@@ -1,4 +1,4 @@
-# make sweep                         install, build the corpus, train, fit, draw (20 minutes on two cores)
+# make sweep                         install, build the corpus, train, fit, draw (15 minutes on two cores)
 # make sweep BUDGET=cpu-smoke        the same in two minutes; SUITE=... picks another suite
 # make test                          install and test (10 minutes at most)
 
@@ -8,7 +8,7 @@ BUDGET ?= cpu-small
 SUITE ?= allocation
 RUN := $(VENV)/bin/python
 
-.PHONY: help sweep figures test test-slow check clean
+.PHONY: help sweep figures test test-slow check bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -43,6 +43,9 @@ check: $(VENV)/.dev  ## lint, format, types, import contracts
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.dev  ## time the suite against its peers: a quarter of an hour, on a quiet machine
+	$(RUN) -m benchmarks run
 
 clean:  ## remove the environment, shards, runs and your figures
 	rm -rf $(VENV) data results/runs results/code results/figures results/runs.csv

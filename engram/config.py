@@ -240,6 +240,8 @@ class OptimConfig:
     matrices: Literal["muon", "adamw"] = "muon"
     tables: Literal["dense", "lazy", "rowwise"] = "lazy"
     """Adam over all rows, over the rows looked up, or over those with one second moment a row."""
+    table_dtype: Literal["bf16"] | None = None
+    """`bf16` stores rows and moments in half the memory, rows rounded at random; None is fp32. Not with `dense`."""
     table_lr_mult: float = 5.0
     weight_decay: float = 0.1
     """Decoupled; not applied to tables, norms, biases and other vectors."""
@@ -261,6 +263,10 @@ class OptimConfig:
         _require(
             self.lr > 0 and self.table_lr_mult > 0,
             f"learning rates must be positive: {self.lr=}, {self.table_lr_mult=}",
+        )
+        _require(
+            self.table_dtype is None or self.tables != "dense",
+            "dense Adam has no bf16 form: take tables=lazy or rowwise, or leave table_dtype out",
         )
         _require(
             all(0 <= beta < 1 for beta in self.adam_betas) and 0 <= self.muon_momentum < 1,

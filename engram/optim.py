@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from engram.config import OptimConfig
 from engram.muon import Muon
+from engram.stored_tables import StoredTableAdam, StoredTables
 from engram.table_adam import TableAdam
 
 Role = Literal["matrix", "embedding", "vector", "table"]
@@ -93,6 +94,8 @@ class Optimizers:
         self.optimizers = tuple(optimizers)
         self._reduce, self._split = reduce, {id(parameter) for parameter in split}
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.stored = next((o for o in self.optimizers if isinstance(o, StoredTableAdam)), None)
+        """What moves the rows of stored tables, where a model has them."""
 
     def parameters(self) -> Iterable[Tensor]:
         """Every parameter that is updated."""
@@ -117,6 +120,8 @@ class Optimizers:
                 parts.append(grad.to_local())
             else:
                 (parts if id(parameter) in self._split else whole).append(grad)
+        if self.stored:
+            whole += self.stored.gradients()
         square = torch.nn.utils.get_total_norm(parts).square() if parts else torch.zeros(())
         square = square.to((whole or parts)[0].device)
         self._reduce(square)
@@ -161,7 +166,7 @@ def build_optimizers(
         tables_are_split: whether every process holds rows of its own.
 
     Raises:
-        ValueError: a parameter has no role.
+        ValueError: a parameter has no role, or dense Adam is asked for stored tables.
     """
     by_role = group_by_role(model)
     decayed = list(by_role["embedding"])
@@ -178,11 +183,19 @@ def build_optimizers(
     if groups := [group for group in groups if group["params"]]:
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, fused=True, **adam))
     if tables := by_role["table"]:
-        lr = config.lr * config.table_lr_mult
+        lr, rowwise = config.lr * config.table_lr_mult, config.tables == "rowwise"
+        stored = [module for module in model.modules() if isinstance(module, StoredTables)]
+        if config.tables == "dense" and stored:
+            raise ValueError(
+                "dense Adam moves every row at every step: tables stored apart need tables=lazy or rowwise"
+            )
         if config.tables == "dense":
             optimizers.append(torch.optim.Adam(tables, lr=lr, fused=True, **adam))
+        elif stored:
+            device = model.get_parameter("embed_VD").device
+            optimizers.append(StoredTableAdam(stored, lr=lr, rowwise=rowwise, device=device, **adam))
         else:
-            optimizers.append(TableAdam(tables, lr=lr, rowwise=config.tables == "rowwise", **adam))
+            optimizers.append(TableAdam(tables, lr=lr, rowwise=rowwise, **adam))
     return Optimizers(optimizers, reduce, by_role["table"] if tables_are_split else ())
 
 

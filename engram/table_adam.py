@@ -53,17 +53,22 @@ class TableAdam(Optimizer):
             state["first"] = torch.zeros_like(table_SP)
             state["second"] = torch.zeros_like(table_SP[:, :1] if group["rowwise"] else table_SP)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-
-        square_UP = grad_UP.square()
-        if group["rowwise"]:
-            square_UP = square_UP.mean(-1, keepdim=True)
-        first_UP = state["first"].index_select(0, rows_U).lerp_(grad_UP, 1 - beta1)
-        second_UP = state["second"].index_select(0, rows_U).lerp_(square_UP, 1 - beta2)
+        first_UP = state["first"].index_select(0, rows_U)
+        second_UP = state["second"].index_select(0, rows_U)
+        update_UP = adam_rows(grad_UP, first_UP, second_UP, state["step"], group)
         state["first"].index_copy_(0, rows_U, first_UP)
         state["second"].index_copy_(0, rows_U, second_UP)
-
-        # As SparseAdam: eps is added to the uncorrected root, both corrections go into the step's size.
-        size = group["lr"] * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        update_UP = first_UP.div_(second_UP.sqrt_().add_(group["eps"])).mul_(-size)
         table_SP.index_add_(0, rows_U, update_UP)
+
+
+def adam_rows(grad_UP: Tensor, first_UP: Tensor, second_UP: Tensor, step: int, group: dict[str, Any]) -> Tensor:
+    """Move the moments of some rows in place; return what to add to the rows, [U, P]."""
+    beta1, beta2 = group["betas"]
+    square_UP = grad_UP.square()
+    if group["rowwise"]:
+        square_UP = square_UP.mean(-1, keepdim=True)
+    first_UP.lerp_(grad_UP, 1 - beta1)
+    second_UP.lerp_(square_UP, 1 - beta2)
+    # As SparseAdam: eps is added to the uncorrected root, both corrections go into the step's size.
+    size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    return first_UP.div(second_UP.sqrt().add_(group["eps"])).mul_(-size)

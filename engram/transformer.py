@@ -94,14 +94,18 @@ class Transformer(nn.Module):
             if isinstance(module, NgramTables):
                 module.sparse_grad = sparse
 
+    def look_ups(self, tokens_BT: Tensor, draws_B: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Rows [B, T, G] that a text reads, one tensor a memory layer, and document numbers [B, T] if windows stop."""
+        if self.hasher is None:
+            return [], None
+        stops = self.hasher.tables.stop_at_documents
+        documents_BT = (tokens_BT == self.config.bos_id).cumsum(-1) if stops else None
+        return self.hasher(tokens_BT, documents_BT, draws_B), documents_BT
+
     def hidden(self, tokens_BT: Tensor, draws_B: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, D], normed, before the head."""
         config = self.config
-        documents_BT, rows = None, []
-        if self.hasher is not None:
-            if self.hasher.tables.stop_at_documents:
-                documents_BT = (tokens_BT == config.bos_id).cumsum(-1)
-            rows = self.hasher(tokens_BT, documents_BT, draws_B)
+        rows, documents_BT = self.look_ups(tokens_BT, draws_B)
 
         x_BTD = F.embedding(tokens_BT, self.embed_VD)
         if self.over_encoding is not None:

@@ -117,6 +117,9 @@ class Runtime:
     """Processes that train one run together on this machine, each on a GPU or on `threads` of its cores."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """For several processes: `ddp` if the model fits a device, `fsdp` splits it over all. Tables are split in both."""
+    table_device: Literal["same", "cpu"] = "same"
+    """`cpu` keeps n-gram tables and their optimiser's state in host memory and brings the rows of a step to the device.
+    The losses are the same; the tables may be as large as the machine's memory."""
     micro_batch_tokens: int = 0
     """Tokens of one forward and backward of one process; 0 takes all of its share of the step's batch."""
     checkpoint_every_s: float = 60.0

@@ -7,15 +7,18 @@ GPUs up to the order in which some kernels add.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engram.hashing import HashSpec, compress_vocabulary
 from engram.initialise import init_weights
 from engram.optim import build_optimizers, needs_sparse_grad, update_router_biases
 from engram.schedule import lr_factor
+from engram.stored_tables import store_tables
 from engram.transformer import Transformer
 from experiments.checkpoint import load_tensors, read_facts, save_checkpoint
 from experiments.evaluate import validate
@@ -59,6 +62,7 @@ class Trainer:
             compressed_V = compress_vocabulary(shards.tokenizer, spec.model.vocab_size)
         self.model = Transformer(spec.model, compressed_V)
         self.model.set_sparse_tables(needs_sparse_grad(spec.train.optim))
+        self._store_tables(runtime)
         self.team.split(self.model)  # first: the whole model need not fit a device
         self.model.to(self.device)
         init_weights(self.model, spec.seed)
@@ -71,12 +75,28 @@ class Trainer:
         self.metrics_bytes = 0
         """Length of the metrics written up to this step."""
 
+    def _store_tables(self, runtime: Runtime) -> None:
+        dtype = torch.bfloat16 if self.spec.train.optim.table_dtype == "bf16" else torch.float32
+        if runtime.table_device == "same" and dtype == torch.float32:
+            return
+        if self.team.size > 1:
+            raise UserError(
+                f"runtime.table_device={runtime.table_device} and table_dtype={self.spec.train.optim.table_dtype} take "
+                "one process: several split the tables among them, so leave both out or set runtime.processes=1"
+            )
+        if not needs_sparse_grad(self.spec.train.optim):
+            raise UserError("runtime.table_device=cpu takes train.optim.tables=lazy or rowwise: dense moves every row")
+        store = torch.device("cpu") if runtime.table_device == "cpu" else self.device
+        store_tables(self.model, store, dtype)
+
     def save(self, folder: Path) -> None:
         """Write all that a run goes on from.
 
         Raises:
             OSError: the disk is full or not writable; the former checkpoint is untouched.
         """
+        if self.optimizers.stored:
+            self.optimizers.stored.flush()
         hash_spec = self.model.hash_spec
         facts = {
             "run_id": self.spec.run_id,
@@ -110,9 +130,8 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Take one optimiser step; return its line of metrics."""
         train = self.spec.train
-        batch = torch.from_numpy(self.order.batch(self.step, self.n_sequences))
-        # The number of a sequence does not depend on how the batch is split.
-        draws = torch.arange(self.step * self.n_sequences, (self.step + 1) * self.n_sequences)
+        batch, draws = self._batch(self.step)
+        self._begin_rows()
         own = self.team.part(self.n_sequences)
         micro_batches = list(
             zip(batch[own].split(self.micro_sequences), draws[own].split(self.micro_sequences), strict=True)
@@ -143,9 +162,29 @@ class Trainer:
             "lr": train.optim.lr * factor,
         }
 
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """A step's tokens [B, T + 1] and the numbers of its sequences, which do not depend on how a batch is split."""
+        batch = torch.from_numpy(self.order.batch(step, self.n_sequences))
+        return batch, torch.arange(step * self.n_sequences, (step + 1) * self.n_sequences)
+
+    def _begin_rows(self) -> None:
+        """Bring the rows of this step, if they are not here yet, and ask for those of the next."""
+        if (stored := self.optimizers.stored) is None:
+            return
+        if not stored.is_fetching:
+            stored.prefetch(partial(self._look_ups, *self._batch(self.step)))
+        stored.begin()
+        if self.step + 1 < self.spec.train.steps:
+            stored.prefetch(partial(self._look_ups, *self._batch(self.step + 1)))
+
+    def _look_ups(self, batch: Tensor, draws: Tensor) -> list[Tensor]:
+        return self.model.look_ups(batch[:, :-1].to(self.device), draws.to(self.device))[0]
+
     def valid_step(self) -> dict[str, Any]:
         """Score the validation tokens; return a line of metrics."""
         train = self.spec.train
+        if self.optimizers.stored:
+            self.optimizers.stored.flush()
         at_once = min(self.micro_sequences, VALID_SEQUENCES) * self.team.size
         batches = valid_batches(self.shards, train.eval_tokens, train.seq_len, at_once)
         score = validate(self.model, batches, self.shards.token_bytes, train.precision, self.team)

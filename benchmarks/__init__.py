@@ -1,0 +1,1 @@
+"""Speed against peers, side by side on one machine. Imports engram and experiments; nothing imports it."""

@@ -1,0 +1,107 @@
+"""Results -> markdown. A ratio appears only where outputs agree; what could not be run is named."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from benchmarks.rounds import Result
+from benchmarks.sweep_time import SweepTime
+
+SWEEP_TARGET = 1.05
+
+
+def summary(results: Sequence[Result], sweep: SweepTime | None, large: str | None, rounds: int, threads: int) -> str:
+    """The whole page."""
+    lines = [
+        "# Speed, side by side",
+        "",
+        "Written by `make bench`. Contenders do the same work on the same inputs and take turns; a ratio is taken in",
+        f"each of {rounds} rounds; the median, smallest and largest are given. Where outputs differ there is none.",
+        "",
+        *machine(threads),
+        "",
+        "| part | work | ratio: median (smallest to largest) | against | target | met |",
+        "| --- | --- | ---: | --- | ---: | --- |",
+        *map(_row, results),
+        *([_sweep_row(sweep)] if sweep else []),
+        "",
+        "A ratio of `at least` is how many times as fast as the fastest peer ours is; one of `at most` is our time",
+        "over the other's.",
+        "",
+        "## Times and memory",
+        "",
+        "Memory is the peak of a step above weights and inputs, from a process of its own.",
+        "",
+        "| part | contender | median ms | fastest ms | peak MiB | |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+        *(line for result in results for line in _details(result)),
+        "",
+        *(f"* `{result.part.name}`: {result.part.note}." for result in results if result.part.note),
+    ]
+    if large:
+        lines += ["", "## A table beyond the device", "", large + "."]
+    return "\n".join(lines) + "\n"
+
+
+def machine(threads: int) -> list[str]:
+    """What ran it."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU: what needs one was not run"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [
+        f"{datetime.date.today()}: {cpu}, {threads} threads{gpu}; CPU capability {capability}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {_version('transformers')}.",
+    ]
+
+
+def _row(result: Result) -> str:
+    part = result.part
+    target = "-" if math.isinf(part.target) else f"{'at least' if part.at_least else 'at most'} {part.target:g}"
+    if (peer := result.best_peer) is None:
+        return f"| {part.name} | {part.what} | not run | {'; '.join(result.missing.values())} | {target} | - |"
+    ratios = result.ratios(peer)
+    median = statistics.median(ratios)
+    met = "-" if math.isinf(part.target) else _met(median >= part.target if part.at_least else median <= part.target)
+    shown = f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"| {part.name} | {part.what} | {shown} | {peer} | {target} | {met} |"
+
+
+def _sweep_row(sweep: SweepTime) -> str:
+    what = f"sweep `{sweep.words}`: {sweep.n_runs} runs by {sweep.n_workers} workers, {sweep.wall_s:.0f} s"
+    met = _met(sweep.ratio <= SWEEP_TARGET)
+    return f"| sweep | {what} | {sweep.ratio:.3f} | its steps | at most {SWEEP_TARGET} | {met} |"
+
+
+def _met(yes: bool) -> str:
+    return "yes" if yes else "no"
+
+
+def _details(result: Result) -> list[str]:
+    lines = []
+    for name, seconds in result.seconds.items():
+        said = f"outputs differ by {result.differing[name]:.1e}: no ratio" if name in result.differing else ""
+        ms = [1e3 * s for s in seconds]
+        lines.append(
+            f"| {result.part.name} | {name} | {statistics.median(ms):.1f} | {min(ms):.1f} | "
+            f"{result.memory_mib[name]:,.0f} | {said} |"
+        )
+    return lines + [f"| {result.part.name} | {name} | - | - | - | {why} |" for name, why in result.missing.items()]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

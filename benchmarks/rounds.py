@@ -1,0 +1,163 @@
+"""Timing two or more ways of doing the same work, fairly.
+
+Outputs are compared first: no ratio is given where they differ. Then the contenders take turns, round after round, so
+that whatever else the machine is doing meets all of them; a ratio is taken within each round, and the median of the
+ratios is what is reported, with the smallest and the largest. Memory is measured in a process of its own for each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+MEMORY_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing the work. What it needs is built when it is made, outside the timing."""
+
+    run: Callable[[], None]
+    """The work that is timed; called many times, each time with the same result."""
+    outputs: Callable[[], Sequence[Tensor]] | None = None
+    """What must equal the other contenders' outputs; None where the contenders compute different things by design."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One line of the results: ours against peers."""
+
+    name: str
+    what: str
+    """The work and its shape, for the table."""
+    target: float
+    at_least: bool
+    """Whether `target` is a speed-up to reach, or a slow-down not to exceed."""
+    contenders: dict[str, Callable[[], Contender]]
+    """Ours first. The ratio is the fastest peer's time over ours, or ours over the peer's for a slow-down."""
+    tolerance: float = 1e-4
+    """Largest difference of outputs, relative to their norm."""
+    note: str = ""
+    """What a reader must know to read the ratio."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a part."""
+
+    part: Part
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory_mib: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Contenders that could not be built, and why."""
+    differing: dict[str, float] = field(default_factory=dict)
+    """Contenders whose outputs differ from ours, and by how much."""
+
+    @property
+    def ours(self) -> str:
+        return next(iter(self.part.contenders))
+
+    def ratios(self, peer: str) -> list[float]:
+        """Per round: how many times faster ours was than the peer, or how many times slower for a slow-down."""
+        pairs = zip(self.seconds[self.ours], self.seconds[peer], strict=True)
+        return [theirs / own if self.part.at_least else own / theirs for own, theirs in pairs]
+
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest peer whose outputs agree."""
+        peers = [name for name in self.seconds if name != self.ours and name not in self.differing]
+        return min(peers, key=lambda name: statistics.median(self.seconds[name])) if peers else None
+
+
+def run_part(part: Part, device: torch.device, rounds: int, say: Callable[[str], None]) -> Result:
+    """Build, compare, time and weigh all contenders of a part."""
+    result, built = Result(part), {}
+    for name, build in part.contenders.items():
+        say(f"{part.name}: building {name}")
+        try:
+            built[name] = build()
+        except ImportError as error:
+            result.missing[name] = str(error)
+    if result.ours not in built:
+        return result
+    reference = built[result.ours].outputs
+    for name, contender in built.items():
+        contender.run()  # warm: buffers, caches, compilation
+        if name != result.ours and reference is not None and contender.outputs is not None:
+            gap = largest_gap(contender.outputs(), reference())
+            if not gap <= part.tolerance:
+                result.differing[name] = gap
+        result.seconds[name] = []
+    for i in range(rounds):
+        say(f"{part.name}: round {i + 1} of {rounds}")
+        # Each round begins with another contender, so that none always follows the same one.
+        for name in (*list(built)[i % len(built) :], *list(built)[: i % len(built)]):
+            result.seconds[name].append(_time(built[name].run, device))
+    del built
+    gc.collect()
+    for name in result.seconds:
+        say(f"{part.name}: memory of {name}")
+        result.memory_mib[name] = _memory_of(part.name, name, device)
+    return result
+
+
+def largest_gap(here: Sequence[Tensor], there: Sequence[Tensor]) -> float:
+    """Largest relative difference, in norm, between paired tensors; infinite where shapes or counts differ."""
+    if [t.shape for t in here] != [t.shape for t in there]:
+        return float("inf")
+    gaps = [(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(here, there, strict=True)]
+    return float(torch.stack(gaps).max())
+
+
+def _time(work: Callable[[], None], device: torch.device) -> float:
+    gc.collect()
+    _wait(device)
+    began = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _memory_of(part: str, contender: str, device: torch.device) -> float:
+    """Peak memory of the work above what its weights and inputs take, in MiB, from a fresh process."""
+    command = [sys.executable, "-m", "benchmarks", "memory", part, contender, "--device", device.type]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+
+
+def peak_memory(build: Callable[[], Contender], device: torch.device) -> float:
+    """Peak of a few runs above the memory held before, in MiB. Call it in a fresh process."""
+    contender = build()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        for _ in range(MEMORY_RUNS):
+            contender.run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    gc.collect()
+    before = _status_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    for _ in range(MEMORY_RUNS):
+        contender.run()
+    return (_status_kib("VmHWM") - before) / 2**10
+
+
+def _status_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
