@@ -8,7 +8,10 @@ BUDGET ?= cpu-small
 SUITE ?= allocation
 RUN := $(VENV)/bin/python
 
-.PHONY: help sweep figures test test-slow check clean
+SUITES := allocation sparsity horizon infinite-memory layers ablation baselines noise lr
+ONE_MINUTE := results/reference/one-minute
+
+.PHONY: help sweep figures one-minute test test-slow check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -31,6 +34,10 @@ sweep: $(VENV)/.run  ## train a sweep and draw its curve: BUDGET=cpu-small SUITE
 figures: $(VENV)/.run  ## redraw the committed figures and tables from the committed rows: no GPU, no training
 	$(RUN) -m analysis tables --table results/reference/runs.csv --out results/reference
 	$(RUN) -m analysis figures --table results/reference/runs.csv --out results/reference
+
+one-minute: $(VENV)/.run  ## train every suite at its one-minute size and commit-ready rows of it: ten minutes on two cores
+	for suite in $(SUITES); do $(RUN) -m experiments launch $$suite cpu-smoke runtime.runs_dir=build/one-minute || exit 1; done
+	$(RUN) -m analysis collect --runs build/one-minute --table $(ONE_MINUTE)/runs.csv
 
 test: $(VENV)/.dev  ## install and run the default tests
 	$(RUN) -m pytest -m 'not slow'
