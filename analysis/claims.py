@@ -5,7 +5,9 @@ The claims stand in `claims_curve.py` and `claims_memory.py`, the rules that the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from analysis.claims_curve import CURVE
 from analysis.claims_memory import MEMORY
@@ -28,7 +30,12 @@ class Finding:
 
 def judge_all(dossier: Dossier) -> tuple[Finding, ...]:
     """Judge every claim on a budget's runs; nothing is left out."""
-    return tuple(Finding(claim, _answer(claim, dossier), dossier.warning) for claim in CLAIMS)
+    return tuple(judge(claim, dossier) for claim in CLAIMS)
+
+
+def judge(claim: Claim, dossier: Dossier) -> Finding:
+    """Judge one claim; "not run", with the reason, where its runs are missing."""
+    return Finding(claim, _answer(claim, dossier), dossier.warning)
 
 
 def _answer(claim: Claim, dossier: Dossier) -> Answer:
@@ -41,3 +48,22 @@ def _answer(claim: Claim, dossier: Dossier) -> Answer:
     if claim.suite in dossier.suites:
         return not_run(f"the {claim.suite} suite has no finished runs for it")
     return not_run(f"no runs: launch {claim.suite}")
+
+
+def as_json(dossier: Dossier, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Every claim with its answer, for scripts."""
+    return {
+        "study": dossier.name,
+        "warning": dossier.warning,
+        "claims": [
+            {
+                "key": finding.claim.key,
+                "claim": finding.claim.text,
+                "source": finding.claim.source,
+                "paper": finding.claim.paper,
+                "rule": " ".join(finding.claim.rule.split()),
+                **asdict(finding.answer),
+            }
+            for finding in findings
+        ],
+    }

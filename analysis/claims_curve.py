@@ -47,7 +47,7 @@ def optimum_place(dossier: Dossier) -> Answer | None:
         elif place.high - place.low <= NARROW and place.edge is None:
             verdict = "reproduced"
     edge = f", on the {place.edge} rho of the grid" if place.edge else ""
-    return Answer(verdict, f"rho = {words(value, digits=2)}{edge}", value, len(study.sweep.seeds))
+    return Answer(verdict, f"rho = {words(value, digits=2, sign='')}{edge}", value, len(study.sweep.seeds))
 
 
 def optimum_stable(dossier: Dossier) -> Answer | None:

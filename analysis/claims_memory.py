@@ -53,9 +53,9 @@ def engram_over_over_encoding(dossier: Dossier) -> Answer | None:
     gain = contrast(table, weights)
     measured = f"{words(gain)} below OverEncoding over {len(both)} sizes"
     ratio = fit.ratio if (fit := fit_slots(runs)) is not None else None
-    if ratio is not None:
-        bounds = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.3g} to {ratio.high:.3g})"
-        measured += f"; OverEncoding needs {ratio.value:.3g}{bounds} times the slots for an equal loss"
+    if ratio is not None and ratio.low is not None and ratio.high is not None:  # else a line may as well be flat
+        bounds = f"({ratio.low:.3g} to {ratio.high:.3g})"
+        measured += f"; OverEncoding needs {ratio.value:.3g} {bounds} times the slots for an equal loss"
     return Answer(better(gain), measured, gain, len(table.seeds))
 
 

@@ -46,9 +46,14 @@ class Dossier:
         return max(runs.n_seeds for runs in self.suites.values())
 
     @property
+    def is_one_minute(self) -> bool:
+        """Whether some of its runs are too short to draw any conclusion from."""
+        return any(runs.is_one_minute for runs in self.suites.values())
+
+    @property
     def warning(self) -> str:
         """What stands wherever a number of this dossier is shown; empty for runs of a size that says something."""
-        if any(runs.is_one_minute for runs in self.suites.values()):
+        if self.is_one_minute:
             return (
                 "One-minute runs: they show that the pipeline works from training to this page, and nothing else. "
                 "No conclusion is drawn from them."
@@ -131,7 +136,7 @@ def read_dossiers(table: pd.DataFrame, budget: str | None = None) -> list[Dossie
             except UserError as error:
                 troubles.setdefault(name, []).append(f"{ALLOCATION}: {error}")
     across = tuple(
-        sorted((Level(float(s.reference["flops"]), n, s) for n, s in curves.items()), key=lambda level: level.number)
+        sorted((Level(_flops(study), name, study) for name, study in curves.items()), key=lambda level: level.number)
     )
     found = []
     for place, suites in sorted(by_name.items()):
@@ -141,3 +146,7 @@ def read_dossiers(table: pd.DataFrame, budget: str | None = None) -> list[Dossie
     if not found:
         raise UserError("no finished runs: " + "; ".join(t for all_ in troubles.values() for t in all_))
     return found
+
+
+def _flops(study: Study) -> float:
+    return float(study.reference["flops_per_token"]) * float(study.reference["train_tokens"])

@@ -77,6 +77,7 @@ class SuiteRuns:
     budget: str
     suite: str
     rows: pd.DataFrame
+    """All of them, those that diverged and those that repeat another included."""
     points: tuple[Point, ...]
     replicates: tuple[tuple[int, float], ...]
     """Seed and loss of the runs that repeat another."""
@@ -98,7 +99,7 @@ class SuiteRuns:
     @property
     def is_one_minute(self) -> bool:
         """Whether its runs are so short that no conclusion may be drawn from them."""
-        return bool(self.rows["steps"].min() < ONE_MINUTE_STEPS)
+        return bool(self.rows.loc[self.rows["status"] == "final", "steps"].min() < ONE_MINUTE_STEPS)
 
     def paired(self, points: Iterable[Point] | None = None) -> Paired | None:
         """Losses by point name over shared seeds; points without a finished run are left out."""
@@ -154,9 +155,9 @@ def by_level(runs: SuiteRuns, number: Callable[[str], float]) -> list[tuple[floa
 def _suite_runs(name: str, budget: str, suite: str, final: pd.DataFrame, stopped: pd.DataFrame) -> SuiteRuns:
     replicate = final["replicate"].notna()
     again = tuple(zip(final["seed"][replicate].tolist(), final["valid_loss"][replicate].tolist(), strict=True))
-    final = final[~replicate]
-    points = tuple(_point(rows, stopped) for _, rows in final.groupby(PLACE, dropna=False, sort=True))
-    return SuiteRuns(name, budget, suite, final, points, again)
+    groups = final[~replicate].groupby(PLACE, dropna=False, sort=True)
+    points = tuple(_point(rows, stopped) for _, rows in groups)
+    return SuiteRuns(name, budget, suite, pd.concat([final, stopped]), points, again)
 
 
 def _point(rows: pd.DataFrame, stopped: pd.DataFrame) -> Point:

@@ -86,9 +86,10 @@ def within(value: Difference, low: float, high: float) -> Verdict:
     return "contradicted" if value.low > high or value.high < low else "undecided"
 
 
-def words(difference: Difference, unit: str = "", digits: int = 4) -> str:
-    """A signed number with its interval: `+0.0139 (+0.0091 to +0.0183)`."""
-    text = f"{difference.value:+.{digits}f}{unit}"
+def words(difference: Difference, digits: int = 4, sign: Literal["+", ""] = "+") -> str:
+    """A number with its interval: `+0.0139 (+0.0091 to +0.0183)`."""
+    form = f"{sign}.{digits}f"
+    text = format(difference.value, form)
     if difference.low is None or difference.high is None:
         return f"{text} (one seed: no interval)"
-    return f"{text} ({difference.low:+.{digits}f} to {difference.high:+.{digits}f})"
+    return f"{text} ({format(difference.low, form)} to {format(difference.high, form)})"

@@ -17,7 +17,7 @@ import pytest
 import synthetic as make
 from synthetic import Place, rows_of
 
-from analysis.claims import CLAIMS, Finding, judge_all
+from analysis.claims import CLAIMS, Finding, judge, judge_all
 from analysis.dossier import Dossier, read_dossiers
 from analysis.errors import UserError
 from analysis.fits import Difference
@@ -40,7 +40,7 @@ def one(table: pd.DataFrame) -> Dossier:
 
 
 def found(dossier: Dossier, key: str) -> Finding:
-    return next(finding for finding in judge_all(dossier) if finding.claim.key == key)
+    return judge(next(claim for claim in CLAIMS if claim.key == key), dossier)
 
 
 def verdict(key: str, suite: str, places: list[Place], **how: Any) -> str:
@@ -106,7 +106,7 @@ def test_a_claim_is_undecided_with_one_seed_and_with_much_noise(key: str) -> Non
 
 def test_stability_over_compute_needs_two_budgets() -> None:
     def two(other: float) -> pd.DataFrame:
-        larger = rows_of("allocation", make.allocation(at=other), sigma=0.0002, budget="c", flops=2e21)
+        larger = rows_of("allocation", make.allocation(at=other), sigma=0.0002, budget="c", flops_per_token=3.4e10)
         return pd.concat([rows_of("allocation", make.allocation(at=0.7), sigma=0.0002), larger])
 
     assert [found(d, "stable").answer.verdict for d in read_dossiers(two(0.72))] == ["reproduced"] * 2
