@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 SUITES := allocation sparsity horizon infinite-memory layers ablation baselines noise lr
 ONE_MINUTE := results/reference/one-minute
 
-.PHONY: help sweep figures one-minute test test-slow check clean
+.PHONY: help sweep figures report one-minute notebooks test test-slow check clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -31,13 +31,21 @@ sweep: $(VENV)/.run  ## train a sweep and draw its curve: BUDGET=cpu-small SUITE
 	$(RUN) -m analysis tables --budget $(BUDGET)
 	$(RUN) -m analysis figures --budget $(BUDGET)
 
-figures: $(VENV)/.run  ## redraw the committed figures and tables from the committed rows: no GPU, no training
-	$(RUN) -m analysis tables --table results/reference/runs.csv --out results/reference
-	$(RUN) -m analysis figures --table results/reference/runs.csv --out results/reference
+figures: $(VENV)/.run  ## redraw and judge all that is committed from the committed rows: no GPU, no training
+	for place in results/reference $(ONE_MINUTE); do for what in tables figures claims; do \
+		$(RUN) -m analysis $$what --table $$place/runs.csv --out $$place || exit 1; done; done
 
-one-minute: $(VENV)/.run  ## train every suite at its one-minute size and commit-ready rows of it: ten minutes on two cores
+report: $(VENV)/.run  ## one HTML page for each budget of your runs, in results/figures
+	$(RUN) -m analysis collect
+	$(RUN) -m analysis report
+
+one-minute: $(VENV)/.run  ## train every suite at its one-minute size, then redraw what is committed: ten minutes on two cores
 	for suite in $(SUITES); do $(RUN) -m experiments launch $$suite cpu-smoke runtime.runs_dir=build/one-minute || exit 1; done
 	$(RUN) -m analysis collect --runs build/one-minute --table $(ONE_MINUTE)/runs.csv
+	$(MAKE) figures notebooks
+
+notebooks: $(VENV)/.dev  ## execute the notebooks afresh, in place
+	$(RUN) notebooks/execute.py
 
 test: $(VENV)/.dev  ## install and run the default tests
 	$(RUN) -m pytest -m 'not slow'

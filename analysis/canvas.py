@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -19,13 +21,27 @@ COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.BROWN,
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Drawn:
-    """A figure, what it shows in a sentence or two, and the numbers behind it."""
+    """A figure, what it shows in a sentence or two, and the numbers behind it. A notebook shows the figure."""
 
     figure: Figure
     caption: str
     numbers: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return self.caption
+
+    def _repr_png_(self) -> bytes:
+        return png(self.figure)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG image."""
+    image = io.BytesIO()
+    with mpl.rc_context(style.RC):
+        figure.savefig(image, format="png", dpi=style.DPI)
+    return image.getvalue()
 
 
 def new_figure(dossier: Dossier, what: str, size: tuple[float, float]) -> Figure:

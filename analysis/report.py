@@ -7,16 +7,13 @@ bytes. Everything that comes from a table is escaped.
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib.figure import Figure
 
-from analysis import style
+from analysis.canvas import png
 from analysis.claims import Finding, judge_all
 from analysis.dossier import Dossier
 from analysis.gallery import FIGURES, drawn_all
@@ -95,7 +92,8 @@ def _claims(findings: Sequence[Finding]) -> str:
     rows = []
     for finding in findings:
         cells = claim_cells(finding)
-        kind = f' class="{finding.answer.verdict.replace(" ", "-")}"'
+        # A verdict that carries no conclusion is not set in colour.
+        kind = "" if finding.warning else f' class="{finding.answer.verdict.replace(" ", "-")}"'
         rows.append([("", cell) if i != 3 else (kind, cell) for i, cell in enumerate(cells)])
     return _table(CLAIM_HEADER, rows)
 
@@ -104,7 +102,7 @@ def _rules(findings: Sequence[Finding]) -> str:
     items = "".join(
         f"<li><b>{escape(f.claim.text)}</b> {escape(' '.join(f.claim.rule.split()))}</li>" for f in findings
     )
-    return f"<details><summary>The rules, written down before the runs</summary><ul>{items}</ul></details>"
+    return f"<details><summary>The rules of the verdicts</summary><ul>{items}</ul></details>"
 
 
 def _figures(dossier: Dossier) -> Iterable[str]:
@@ -113,19 +111,12 @@ def _figures(dossier: Dossier) -> Iterable[str]:
         if isinstance(drawn, str):
             yield f'<h3>{escape(name)}</h3><p class="warning">not drawn: {escape(drawn)}</p>'
             continue
-        image = base64.b64encode(_png(drawn.figure)).decode()
+        image = base64.b64encode(png(drawn.figure)).decode()
         text = f"{escape(about)} {escape(drawn.caption)}"
         yield (
             f'<h3>{escape(name)}</h3><figure><img alt="{escape(about)}" src="data:image/png;base64,{image}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    with mpl.rc_context(style.RC):
-        figure.savefig(image, format="png", dpi=style.DPI)
-    return image.getvalue()
 
 
 def _points(dossier: Dossier) -> Iterable[str]:

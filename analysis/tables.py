@@ -22,12 +22,13 @@ its interval is simultaneous over rho for `allocation` and a t interval for ever
 """
 
 
-def allocation(study: Study) -> str:
+def allocation(study: Study, warning: str = "") -> str:
     """List every arm and rho of a study: sizes, mean loss, spread over seeds, and the paired distance to rho = 1."""
     arms = sorted(study.arms, key=lambda a: (a.arm != ALLOCATION, a.arm, a.mode, -(a.rho if a.rho is not None else 2)))
     lines = [
         f"# {study.name}",
         "",
+        *([warning, ""] if warning else []),
         study.verdict.sentence,
         "",
         "| " + " | ".join(HEADER) + " |",
@@ -103,9 +104,9 @@ def claim_cells(finding: Finding) -> list[str]:
 
 
 def verdict(finding: Finding) -> str:
-    """The verdict, and beside it that runs of a minute carry none."""
-    short = " (one-minute runs)" if finding.warning.startswith("One-minute") and finding.answer.n_seeds else ""
-    return finding.answer.verdict + short
+    """The verdict, and beside it what its runs are if they are too small to carry one."""
+    kind = finding.warning.partition(":")[0].partition(" (")[0].lower()
+    return finding.answer.verdict + (f" ({kind})" if kind and finding.answer.n_seeds else "")
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
