@@ -1,5 +1,7 @@
 # make sweep                         install, build the corpus, train, fit, draw (20 minutes on two cores)
 # make sweep BUDGET=cpu-smoke        the same in two minutes; SUITE=... picks another suite
+# make figures                       redraw and judge everything committed, from the committed rows
+# make one-minute                    run every suite for a minute and redraw what is shown of it
 # make test                          install and test (10 minutes at most)
 
 PYTHON ?= python3
@@ -30,6 +32,7 @@ sweep: $(VENV)/.run  ## train a sweep and draw its curve: BUDGET=cpu-small SUITE
 	$(RUN) -m analysis collect
 	$(RUN) -m analysis tables --budget $(BUDGET)
 	$(RUN) -m analysis figures --budget $(BUDGET)
+	$(RUN) -m analysis report --budget $(BUDGET)
 
 figures: $(VENV)/.run  ## redraw and judge all that is committed from the committed rows: no GPU, no training
 	for place in results/reference $(ONE_MINUTE); do for what in tables figures claims; do \
@@ -39,7 +42,8 @@ report: $(VENV)/.run  ## one HTML page for each budget of your runs, in results/
 	$(RUN) -m analysis collect
 	$(RUN) -m analysis report
 
-one-minute: $(VENV)/.run  ## train every suite at its one-minute size, then redraw what is committed: ten minutes on two cores
+one-minute: $(VENV)/.run  ## train every suite afresh at its one-minute size, redraw what is committed: ten minutes on two cores
+	rm -rf build/one-minute
 	for suite in $(SUITES); do $(RUN) -m experiments launch $$suite cpu-smoke runtime.runs_dir=build/one-minute || exit 1; done
 	$(RUN) -m analysis collect --runs build/one-minute --table $(ONE_MINUTE)/runs.csv
 	$(MAKE) figures notebooks

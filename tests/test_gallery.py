@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -207,7 +208,7 @@ def browser() -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+@pytest.mark.skipif(browser() is None and not os.environ.get("ENGRAM_REQUIRE_BROWSER"), reason="needs Chromium")
 def test_a_real_browser_shows_the_report(dossier: Dossier, tmp_path: Path) -> None:
     """It renders without a network: every image has a size, and the page is as long as a page with figures is."""
     path = tmp_path / "report.html"
