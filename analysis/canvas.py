@@ -105,11 +105,11 @@ def rows(
     axes.grid(axis="y", visible=False)
 
 
-def legend_above(axes: Axes) -> None:
+def legend_above(axes: Axes, title: str | None = None) -> None:
     """A legend over the points, in room made for it: `best` does not see intervals."""
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.16 * (high - low))
-    axes.legend(loc="upper center", ncols=3)
+    axes.set_ylim(low, high + (0.24 if title else 0.16) * (high - low))
+    axes.legend(loc="upper center", ncols=5 if title else 3, title=title)
 
 
 def log_ticks(axis: Axis) -> None:

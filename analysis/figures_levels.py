@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from analysis import style
 from analysis.canvas import COLOURS, MARKS, Drawn, as_numbers, bars, legend_above, log_ticks, new_figure, seeds
@@ -100,13 +99,13 @@ def _moving(dossier: Dossier, kind: str, levels: Sequence[Level]) -> Drawn | Non
             points = offsets(level.study.sweep)
             # Side by side, or the intervals would hide one another.
             shift = 0.006 * (i - (len(levels) - 1) / 2)
-            label = f"{short} {style.count(level.number)}" if kind != "compute" else level.label
+            label = style.count(level.number)
             x = [float(rho) + shift for rho in level.study.sweep.rho[:-1]]
             bars(left, x, points[:-1], COLOURS[i % 6], MARKS[i % 6], line="-", label=label)
         left.axhline(0, color=style.GREY, lw=1)
         left.plot([1], [0], "o", color=style.BLACK, ms=6, zorder=4)
         left.set(title=f"(a) {seeds(n)}", xlabel=style.RHO_LABEL, ylabel=style.OFFSET_LABEL)
-        legend_above(left)
+        legend_above(left, f"{short} at rho = 1")
         _optima(right, found)
         right.set(title="(b) where the loss is lowest", xlabel=long, ylabel="best rho", ylim=(-0.05, 1.05))
     said = f"The best rho changes by {words(found.slope, digits=2)} for ten times the {short}."
@@ -134,12 +133,8 @@ def _optima(axes: Axes, found: Trend) -> None:
     axes.text(0.03, 0.82, "the paper: 0.75 to 0.80", transform=axes.get_yaxis_transform(), zorder=4, **note)
     axes.set_xscale("log")
     axes.margins(x=0.15)
-    if max(found.x) / min(found.x) < 100 and max(found.x) < 1e4:
-        axes.set_xticks(found.x)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set_xticklabels([f"{x:.3g}" for x in found.x])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.set_xticks(found.x, [style.count(x) for x in found.x])
+    axes.minorticks_off()
 
 
 def _numbers(found: Trend) -> dict[str, object]:

@@ -98,8 +98,8 @@ class SuiteRuns:
 
     @property
     def is_one_minute(self) -> bool:
-        """Whether its runs are so short that no conclusion may be drawn from them."""
-        return bool(self.rows.loc[self.rows["status"] == "final", "steps"].min() < ONE_MINUTE_STEPS)
+        """Whether even its longest run is so short that no conclusion may be drawn from it."""
+        return bool(self.rows.loc[self.rows["status"] == "final", "steps"].max() < ONE_MINUTE_STEPS)
 
     def paired(self, points: Iterable[Point] | None = None) -> Paired | None:
         """Losses by point name over shared seeds; points without a finished run are left out."""

@@ -176,6 +176,12 @@ def test_tiny_and_one_minute_runs_are_labelled_and_larger_ones_are_not() -> None
     assert all(finding.warning == minute.warning for finding in judge_all(minute))
 
 
+def test_a_short_horizon_among_long_ones_makes_no_one_minute_study() -> None:
+    short = {"horizon-0.25x": {"steps": 73}, "horizon-1x": {"steps": 292}, "horizon-4x": {"steps": 1168}}
+    table = rows_of("horizon", make.levels("horizon", SHARP), facts=short, P_act=274_000)
+    assert one(table).warning.startswith("Tiny models")
+
+
 def test_a_shared_run_counts_in_each_suite_and_an_unknown_budget_is_refused() -> None:
     table = pd.concat([rows_of("layers", make.placements()), rows_of("ablation", make.parts())])
     assert set(one(table).suites) == {"layers", "ablation"}
