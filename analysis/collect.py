@@ -171,13 +171,24 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise BadFile(f"{others} is torn ({error}): delete it and launch the suites again") from error
     rows = [row, *(row | each for each in labels)]
-    # A launch after the update that named the suites says again what a run is for: the nameless line is then a copy.
+    # A launch after suites were noted says again what a run is for: the line without a suite is then a copy.
     named = {_purpose(row) for row in rows if row.get("suite") is not None}
     return [row for row in rows if row.get("suite") is not None or _purpose(row) not in named]
 
 
 def _purpose(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("budget", "arm", "mode", "rho_target"))
+    suite = row.get("suite") or suite_before(str(row["arm"]))
+    return (suite, *(row.get(key) for key in ("budget", "arm", "mode", "rho_target")))
+
+
+def suite_before(arm: str) -> str:
+    """The suite of a run of before suites were noted, when there were two."""
+    return "baselines" if arm == "engram-large" else "allocation"
+
+
+def rows_of_suite(table: pd.DataFrame, suite: str) -> pd.DataFrame:
+    """Rows that a suite asked for."""
+    return table[table["suite"].fillna(table["arm"].map(suite_before)) == suite]
 
 
 def _row(path: Path) -> dict[str, Any]:

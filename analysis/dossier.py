@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from analysis.collect import rows_of_suite
 from analysis.compare import Paired, paired
 from analysis.errors import UserError
 from analysis.fits import Sweep
-from analysis.points import SUITES, SuiteRuns, by_level, of_suite, read_suites
+from analysis.points import SUITES, SuiteRuns, by_level, read_suites
 from analysis.study import ALLOCATION, Study, read_study, split
 from analysis.verdict import TINY_P_ACT
 
@@ -130,7 +131,7 @@ def read_dossiers(table: pd.DataFrame, budget: str | None = None) -> list[Dossie
                 troubles.setdefault(name, []).append(f"{suite}: {error}")
     curves: dict[str, Study] = {}
     for name in known:
-        if (of_suite(table, ALLOCATION)["budget"] == name).any():
+        if (rows_of_suite(table, ALLOCATION)["budget"] == name).any():
             try:
                 curves |= {place: read_study(place, rows) for place, rows in split(table, name).items()}
             except UserError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.collect import rows_of_suite
 from analysis.compare import Paired, paired
 from analysis.errors import UserError
 from analysis.fits import REFERENCE, SAME_RHO
@@ -107,11 +108,6 @@ class SuiteRuns:
         return paired({point.name: point.losses for point in chosen if point.losses})
 
 
-def of_suite(table: pd.DataFrame, suite: str) -> pd.DataFrame:
-    """Rows that a suite asked for; those of before suites were noted count as `allocation`."""
-    return table[table["suite"].fillna(ALLOCATION) == suite]
-
-
 def read_suites(table: pd.DataFrame, suite: str, budget: str | None = None) -> list[SuiteRuns]:
     """Group a suite's finished runs: one group for each budget, data and code.
 
@@ -123,7 +119,7 @@ def read_suites(table: pd.DataFrame, suite: str, budget: str | None = None) -> l
     Raises:
         UserError: two runs claim one place.
     """
-    rows = of_suite(table, suite)
+    rows = rows_of_suite(table, suite)
     rows = rows if budget is None else rows[rows["budget"] == budget]
     same = CODE_AND_DATA if suite in LENGTH_VARIES else SAME
     found = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.collect import rows_of_suite
 from analysis.errors import UserError
 from analysis.fits import REFERENCE, SAME_RHO, Difference, Sweep, against_reference, offsets, pair
 from analysis.verdict import Verdict, judge
@@ -67,7 +68,7 @@ def split(table: pd.DataFrame, budget: str | None = None) -> dict[str, pd.DataFr
     chosen = budgets if budget is None else [budget]
     found: dict[str, pd.DataFrame] = {}
     for name in chosen:
-        rows = table[(table["budget"] == name) & (table["suite"].fillna(ALLOCATION) == ALLOCATION)]
+        rows = rows_of_suite(table[table["budget"] == name], ALLOCATION)
         final, diverged = rows[rows["status"] == "final"], rows[rows["status"] == "diverged"]
         sweeps = [group for _, group in final.groupby(SAME) if (group["arm"] == ALLOCATION).any()]
         differing = [column for column in SAME if len({group[column].iloc[0] for group in sweeps}) > 1]

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from analysis.collect import COLUMNS, LATER, collect, read_table, write_atomically, write_table
+from analysis.collect import COLUMNS, LATER, collect, read_table, rows_of_suite, write_atomically, write_table
 from analysis.errors import BadFile, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -215,3 +215,14 @@ def test_a_run_that_was_labelled_again_with_its_suite_has_one_row_for_each_suite
     lines = [same | {"suite": suite, "variant": None} for suite in ("allocation", "baselines")]
     path.with_name("labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert collect(tmp_path)["suite"].tolist() == ["allocation", "baselines"]
+
+
+def test_a_label_for_one_suite_takes_an_older_run_from_no_other(tmp_path: Path) -> None:
+    """rho = 1 was trained for the curve before suites were noted; then `baselines` shared it."""
+    path = write_run(tmp_path, "ra", rho=1.0, rho_target=1.0)
+    label = {"budget": "b", "arm": "allocation", "mode": "paper", "rho_target": 1.0, "rho": 1.0, "suite": "baselines"}
+    path.with_name("labels.jsonl").write_text(json.dumps(label) + "\n")
+    write_run(tmp_path, "rb", arm="engram-large")
+    table = collect(tmp_path)
+    assert rows_of_suite(table, "allocation")["run_id"].tolist() == ["ra"]
+    assert rows_of_suite(table, "baselines")["run_id"].tolist() == ["ra", "rb"]
