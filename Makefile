@@ -1,5 +1,7 @@
 # make sweep                         install, build the corpus, train, fit, draw (15 minutes on two cores)
 # make sweep BUDGET=cpu-smoke        the same in two minutes; SUITE=... picks another suite
+# make figures                       redraw and judge everything committed, from the committed rows
+# make one-minute                    run every suite for a minute and redraw what is shown of it
 # make test                          install and test (10 minutes at most)
 
 PYTHON ?= python3
@@ -8,7 +10,10 @@ BUDGET ?= cpu-small
 SUITE ?= allocation
 RUN := $(VENV)/bin/python
 
-.PHONY: help sweep figures test test-slow check bench clean
+SUITES := allocation sparsity horizon infinite-memory layers ablation baselines noise lr
+ONE_MINUTE := results/reference/one-minute
+
+.PHONY: help sweep figures report one-minute notebooks test test-slow check bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -27,10 +32,24 @@ sweep: $(VENV)/.run  ## train a sweep and draw its curve: BUDGET=cpu-small SUITE
 	$(RUN) -m analysis collect
 	$(RUN) -m analysis tables --budget $(BUDGET)
 	$(RUN) -m analysis figures --budget $(BUDGET)
+	$(RUN) -m analysis report --budget $(BUDGET)
 
-figures: $(VENV)/.run  ## redraw the committed figures and tables from the committed rows: no GPU, no training
-	$(RUN) -m analysis tables --table results/reference/runs.csv --out results/reference
-	$(RUN) -m analysis figures --table results/reference/runs.csv --out results/reference
+figures: $(VENV)/.run  ## redraw and judge all that is committed from the committed rows: no GPU, no training
+	for place in results/reference $(ONE_MINUTE); do for what in tables figures claims; do \
+		$(RUN) -m analysis $$what --table $$place/runs.csv --out $$place || exit 1; done; done
+
+report: $(VENV)/.run  ## one HTML page for each budget of your runs, in results/figures
+	$(RUN) -m analysis collect
+	$(RUN) -m analysis report
+
+one-minute: $(VENV)/.run  ## train every suite afresh at its one-minute size, redraw what is committed: ten minutes on two cores
+	rm -rf build/one-minute
+	for suite in $(SUITES); do $(RUN) -m experiments launch $$suite cpu-smoke runtime.runs_dir=build/one-minute || exit 1; done
+	$(RUN) -m analysis collect --runs build/one-minute --table $(ONE_MINUTE)/runs.csv
+	$(MAKE) figures notebooks
+
+notebooks: $(VENV)/.dev  ## execute the notebooks afresh, in place
+	$(RUN) notebooks/execute.py
 
 test: $(VENV)/.dev  ## install and run the default tests
 	$(RUN) -m pytest -m 'not slow'

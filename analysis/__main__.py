@@ -1,4 +1,4 @@
-"""Command line: collect finished runs into a table, and draw from that table. Needs no GPU and no checkpoint."""
+"""Command line: collect finished runs into a table, and draw and judge from it. Needs no GPU and no checkpoint."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING
 from analysis.errors import BadFile, UserError
 
 if TYPE_CHECKING:
-    from analysis.study import Study
+    from analysis.dossier import Dossier
 
 EXAMPLES = """examples:
   python -m analysis collect                        results/runs/*/final.json -> results/runs.csv
-  python -m analysis figures                        one figure per budget -> results/figures
+  python -m analysis figures                        every figure whose runs are there -> results/figures
   python -m analysis figures --budget cpu-small
   python -m analysis tables --table other.csv --out /elsewhere
+  python -m analysis claims                         the paper's claims, judged on your runs
+  python -m analysis report                         one HTML page per budget, to open anywhere
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 for a failure, or 2 for a mistake the user can mend."""
     args = _parser().parse_args(argv)
-    commands = {"collect": _collect, "figures": _figures, "tables": _tables}
+    commands = {"collect": _collect, "figures": _figures, "tables": _tables, "claims": _claims, "report": _report}
     try:
         commands[args.command](args)
     except UserError as error:
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m analysis", description=__doc__, epilog=EXAMPLES, formatter_class=plain
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{collect,figures,tables}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{collect,tables,figures,claims,report}")
     table = argparse.ArgumentParser(add_help=False)
     default = "default: %(default)s"
     table.add_argument("--table", type=Path, default=Path("results/runs.csv"), metavar="CSV", help=default)
@@ -59,8 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument(
         "--runs", type=Path, default=Path("results/runs"), metavar="DIR", help="run directories; default: %(default)s"
     )
-    add("figures", "draw loss over rho for each budget, with the numbers as JSON", table, drawn)
-    add("tables", "write each budget's arms as a markdown table", table, drawn)
+    add("figures", "draw every figure whose runs are there as PNG and PDF, with its numbers as JSON", table, drawn)
+    add("tables", "write every suite's points as a markdown table", table, drawn)
+    add("claims", "judge the paper's claims on each budget's runs, as markdown and JSON", table, drawn)
+    add("report", "write one self-contained HTML page for each budget", table, drawn)
     return parser
 
 
@@ -77,38 +81,76 @@ def _collect(args: argparse.Namespace) -> None:
 
 
 def _figures(args: argparse.Namespace) -> None:
-    from analysis.figures import allocation, caption, read_paper, save
+    from analysis.figures import save
+    from analysis.gallery import as_json, drawn_all
 
-    paper = read_paper()
-    for study in _studies(args):
-        for path in save(allocation(study, paper), caption(study), args.out / f"{study.name}_allocation"):
-            print(path)
-        print(study.verdict.sentence)
+    for dossier in _dossiers(args):
+        for name, drawn in drawn_all(dossier):
+            if isinstance(drawn, str):
+                print(f"{dossier.name}: no figure {name}: {drawn}", file=sys.stderr)
+                continue
+            for path in save(drawn.figure, as_json(drawn, dossier, name), args.out / f"{dossier.name}_{name}"):
+                print(path)
+            if drawn.caption:
+                print(drawn.caption)
 
 
 def _tables(args: argparse.Namespace) -> None:
     from analysis.collect import write_atomically
-    from analysis.tables import allocation
+    from analysis.tables import allocation, points
 
-    for study in _studies(args):
-        path = args.out / f"{study.name}_allocation.md"
-        write_atomically(path, allocation(study))
+    for dossier in _dossiers(args):
+        for suite, runs in dossier.suites.items():
+            if suite == "allocation" and dossier.study is None:
+                continue  # its trouble is said at the end
+            path = args.out / f"{dossier.name}_{suite}.md"
+            if suite == "allocation" and dossier.study is not None:
+                # Its sentence says by itself that models are tiny.
+                text = allocation(dossier.study, dossier.warning if dossier.is_one_minute else "")
+            else:
+                text = points(runs, dossier.warning)
+            write_atomically(path, text)
+            print(path)
+
+
+def _claims(args: argparse.Namespace) -> None:
+    import json
+
+    from analysis.claims import as_json, judge_all
+    from analysis.collect import write_atomically
+    from analysis.tables import claims, verdict
+
+    for dossier in _dossiers(args):
+        findings = judge_all(dossier)
+        path = args.out / f"{dossier.name}_claims.md"
+        write_atomically(path, claims(dossier, findings))
+        write_atomically(path.with_suffix(".json"), json.dumps(as_json(dossier, findings), indent=2) + "\n")
+        print(f"{dossier.name}: {dossier.n_seeds} seeds. {dossier.warning}".rstrip())
+        for finding in findings:
+            print(f"  {verdict(finding):32} {finding.claim.text} {finding.answer.measured}")
+        print(path)
+        print(path.with_suffix(".json"))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from analysis.collect import write_atomically
+    from analysis.report import page
+
+    for dossier in _dossiers(args):
+        path = args.out / f"{dossier.name}_report.html"
+        write_atomically(path, page(dossier))
         print(path)
 
 
-def _studies(args: argparse.Namespace) -> Iterator[Study]:
-    """Yield what can be judged; what cannot is named at the end, so that one unfinished budget stops no other."""
+def _dossiers(args: argparse.Namespace) -> Iterator[Dossier]:
+    """Yield what there is; what could not be read is named at the end, so that one unfinished suite stops no other."""
     from analysis.collect import read_table
-    from analysis.study import read_study, split
+    from analysis.dossier import read_dossiers
 
-    troubles = []
-    for name, rows in split(read_table(args.table), args.budget).items():
-        try:
-            study = read_study(name, rows)
-        except UserError as error:
-            troubles.append(f"{name}: {error}")
-        else:
-            yield study
+    troubles: dict[str, None] = {}
+    for dossier in read_dossiers(read_table(args.table), args.budget):
+        yield dossier
+        troubles |= {f"{dossier.name}: {trouble}": None for trouble in dossier.troubles}
     if troubles:
         raise UserError("; ".join(troubles))
 

@@ -28,28 +28,36 @@ COLUMNS: Mapping[str, str] = {
     "status": "string",
     "schema": "Int64",
     "budget": "string",
+    "suite": "string",
     "arm": "string",
+    "variant": "string",
     "mode": "string",
     "rho_target": "float64",
     "rho": "float64",
     "seed": "Int64",
+    "replicate": "Int64",
     "P_tot": "Int64",
     "P_act": "Int64",
     "P_sparse": "Int64",
     "P_moe_sparse": "Int64",
     "P_engram": "Int64",
     "P_vocab": "Int64",
+    "P_tot_per_P_act": "float64",
     "flops_per_token": "float64",
     "flops": "float64",
     "train_tokens": "Int64",
+    "tokens_per_P_tot": "float64",
     "steps": "Int64",
     "n_routed_experts": "Int64",
     "top_k": "Int64",
     "n_slots": "Int64",
+    "engram_layers": "string",
     "n_layers": "Int64",
     "d_model": "Int64",
     "n_streams": "Int64",
     "vocab_size": "Int64",
+    "lr": "float64",
+    "table_lr_mult": "float64",
     "corpus": "string",
     "data": "string",
     "epochs": "float64",
@@ -72,7 +80,12 @@ COLUMNS: Mapping[str, str] = {
     "host_cpu": "string",
 }
 NEEDED = ("run_id", "budget", "arm", "mode", "seed")
-SORT = ["budget", "arm", "mode", "rho", "seed", "run_id"]
+SORT = ["budget", "suite", "arm", "variant", "mode", "rho", "seed", "run_id"]
+LATER = {
+    *("suite", "variant", "replicate", "engram_layers", "lr", "table_lr_mult"),
+    *("P_tot_per_P_act", "tokens_per_P_tot"),
+}
+"""Columns that tables of before there were several suites lack; they are empty there, or follow from others."""
 
 
 def collect(runs: Path) -> pd.DataFrame:
@@ -94,7 +107,7 @@ def collect(runs: Path) -> pd.DataFrame:
     extra = sorted({key for row in rows for key in row} - set(COLUMNS))
     table = pd.DataFrame(rows, columns=[*COLUMNS, *extra])
     try:
-        table = table.astype(dict(COLUMNS))
+        table = _with_ratios(table.astype(dict(COLUMNS)))
     except (TypeError, ValueError) as error:
         raise BadFile(f"{runs}: a final.json holds a value of the wrong type: {error}") from error
     return table.sort_values(SORT, na_position="last", kind="stable", ignore_index=True)
@@ -116,14 +129,25 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"no table {path}: train runs with `make sweep`, then `python -m analysis collect`")
     with path.open(encoding="utf-8") as file:
         header = file.readline().rstrip("\n").split(",")
-    if missing := [name for name in COLUMNS if name not in header]:
+    if missing := [name for name in COLUMNS if name not in header and name not in LATER]:
         raise BadFile(f"{path} lacks the columns {', '.join(missing)}: run `python -m analysis collect` again")
     # Floats as text first: only some versions of pandas read them exactly by themselves.
     first = {name: "string" if kind == "float64" else kind for name, kind in COLUMNS.items()}
     try:
-        return pd.read_csv(path, dtype=first).astype(dict(COLUMNS))
+        table = pd.read_csv(path, dtype=first)
+        table = table.reindex(columns=[*COLUMNS, *(name for name in table.columns if name not in COLUMNS)])
+        return _with_ratios(table.astype(dict(COLUMNS)))
     except (ValueError, TypeError) as error:
         raise BadFile(f"{path} is not a table of runs: {' '.join(str(error).split())}") from error
+
+
+def _with_ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """Fill in what older runs lack and others of their columns tell."""
+    per_active, per_total = table["P_tot"] / table["P_act"], table["train_tokens"] / table["P_tot"]
+    return table.assign(
+        P_tot_per_P_act=table["P_tot_per_P_act"].fillna(per_active.astype("float64")),
+        tokens_per_P_tot=table["tokens_per_P_tot"].fillna(per_total.astype("float64")),
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -146,7 +170,25 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         )
     except ValueError as error:
         raise BadFile(f"{others} is torn ({error}): delete it and launch the suites again") from error
-    return [row, *(row | each for each in labels)]
+    rows = [row, *(row | each for each in labels)]
+    # A launch after suites were noted says again what a run is for: the line without a suite is then a copy.
+    named = {_purpose(row) for row in rows if row.get("suite") is not None}
+    return [row for row in rows if row.get("suite") is not None or _purpose(row) not in named]
+
+
+def _purpose(row: dict[str, Any]) -> tuple[Any, ...]:
+    suite = row.get("suite") or suite_before(str(row["arm"]))
+    return (suite, *(row.get(key) for key in ("budget", "arm", "mode", "rho_target")))
+
+
+def suite_before(arm: str) -> str:
+    """The suite of a run of before suites were noted, when there were two."""
+    return "baselines" if arm == "engram-large" else "allocation"
+
+
+def rows_of_suite(table: pd.DataFrame, suite: str) -> pd.DataFrame:
+    """Rows that a suite asked for."""
+    return table[table["suite"].fillna(table["arm"].map(suite_before)) == suite]
 
 
 def _row(path: Path) -> dict[str, Any]:

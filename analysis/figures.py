@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from analysis import style
 from analysis.collect import write_atomically
@@ -37,12 +38,13 @@ def read_paper(path: Path = PAPER) -> pd.DataFrame:
     return points
 
 
-def allocation(study: Study, paper: pd.DataFrame) -> Figure:
+def allocation(study: Study, paper: pd.DataFrame, warning: str = "") -> Figure:
     """Draw loss over rho: absolute with fits and controls (a), as offsets from rho = 1 (b), and the paper's (c).
 
     Args:
         study: One budget's runs.
         paper: The paper's points, from `read_paper`.
+        warning: What must stand below runs that are too small to say anything.
     """
     with mpl.rc_context(style.RC):
         figure = Figure(figsize=(11, 5.8), layout="constrained")
@@ -57,7 +59,10 @@ def allocation(study: Study, paper: pd.DataFrame) -> Figure:
         left.set_xlabel(style.RHO_LABEL)
         below.set_xlabel("rho")
         figure.align_ylabels([above, below])
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        legend = figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, alignment="left")
+        if warning:
+            legend.set_title(warning, prop=FontProperties(size=8.5))
+            legend.get_title().set_color(style.BROWN)
         figure.suptitle(_title(study), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         return figure
 

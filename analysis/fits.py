@@ -83,6 +83,11 @@ class Optimum:
     """Share of the resamples whose minimum lies on an edge of the grid."""
 
 
+def two_way_residuals(loss: Floats) -> Floats:
+    """[A, S] losses of A arms over S seeds, less the means of both: what neither the arm nor the seed explains."""
+    return np.asarray(loss - loss.mean(axis=1, keepdims=True) - loss.mean(axis=0) + loss.mean())
+
+
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """Losses of the seeds that finished at every rho."""
@@ -104,8 +109,7 @@ class Sweep:
     @property
     def residuals(self) -> Floats:
         """[R, S]: what neither rho nor the seed explains."""
-        loss = self.loss
-        return np.asarray(loss - loss.mean(axis=1, keepdims=True) - loss.mean(axis=0) + loss.mean())
+        return two_way_residuals(self.loss)
 
     @property
     def df(self) -> int:
@@ -169,20 +173,26 @@ def optimum(sweep: Sweep, resamples: int = RESAMPLES) -> Optimum:
     degrees of freedom that the two-way fit took; each resample also divides by a draw of sqrt(chi2 / df), because
     sigma itself is an estimate. Without that, 2 seeds and 7 rhos covered 85 to 93 percent; with it, 94 to 99.
     """
-    mean, n_rho, n_seeds = sweep.mean, len(sweep.rho), len(sweep.seeds)
+    mean, n_rho = sweep.mean, len(sweep.rho)
     where, value = (float(v[0]) for v in _lowest(sweep.rho, mean[None]))
     best = int(np.argmin(mean))
     edge: Literal["smallest", "largest"] | None = "smallest" if best == 0 else "largest" if best == n_rho - 1 else None
     if sweep.df == 0:
         return Optimum(where, value, edge, None, None, None)
-    rng = np.random.default_rng(0)
-    pool = (sweep.residuals * np.sqrt(n_rho * n_seeds / sweep.df)).ravel()
-    noise = pool[rng.integers(0, pool.size, (resamples, n_rho, n_seeds))].mean(axis=2)
-    noise /= np.sqrt(rng.chisquare(sweep.df, (resamples, 1)) / sweep.df)
-    places, _ = _lowest(sweep.rho, mean + noise)
+    places = optimum_draws(sweep, resamples, np.random.default_rng(0))
     tail = (1 - LEVEL) / 2
     low, high = (float(q) for q in np.quantile(places, [tail, 1 - tail]))
     return Optimum(where, value, edge, low, high, float(np.isin(places, sweep.rho[[0, -1]]).mean()))
+
+
+def optimum_draws(sweep: Sweep, resamples: int, rng: np.random.Generator) -> Floats:
+    """[N] minima of resampled mean curves, as `optimum` describes them; needs more than one seed."""
+    assert sweep.df > 0, "one seed leaves no residuals to draw from"
+    n_rho, n_seeds = len(sweep.rho), len(sweep.seeds)
+    pool = (sweep.residuals * np.sqrt(n_rho * n_seeds / sweep.df)).ravel()
+    noise = pool[rng.integers(0, pool.size, (resamples, n_rho, n_seeds))].mean(axis=2)
+    noise /= np.sqrt(rng.chisquare(sweep.df, (resamples, 1)) / sweep.df)
+    return _lowest(sweep.rho, sweep.mean + noise)[0]
 
 
 def gains(sweep: Sweep) -> tuple[Gain, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.collect import rows_of_suite
 from analysis.errors import UserError
 from analysis.fits import REFERENCE, SAME_RHO, Difference, Sweep, against_reference, offsets, pair
 from analysis.verdict import Verdict, judge
@@ -67,7 +68,7 @@ def split(table: pd.DataFrame, budget: str | None = None) -> dict[str, pd.DataFr
     chosen = budgets if budget is None else [budget]
     found: dict[str, pd.DataFrame] = {}
     for name in chosen:
-        rows = table[table["budget"] == name]
+        rows = rows_of_suite(table[table["budget"] == name], ALLOCATION)
         final, diverged = rows[rows["status"] == "final"], rows[rows["status"] == "diverged"]
         sweeps = [group for _, group in final.groupby(SAME) if (group["arm"] == ALLOCATION).any()]
         differing = [column for column in SAME if len({group[column].iloc[0] for group in sweeps}) > 1]
@@ -98,7 +99,7 @@ def read_study(name: str, rows: pd.DataFrame) -> Study:
     losses = on_sweep["valid_loss"].where(on_sweep["status"] == "final")
     sweep = pair(on_sweep["rho"].tolist(), on_sweep["seed"].tolist(), losses.tolist())
     pure = ((on_sweep["rho"] - REFERENCE).abs() <= SAME_RHO) & losses.notna()
-    reference = _plain(on_sweep[pure].iloc[0])
+    reference = plain(on_sweep[pure].iloc[0])
     curve = dict(zip(sweep.rho.tolist(), offsets(sweep), strict=True))
     groups = rows.groupby(["arm", "mode", "rho"], dropna=False, sort=True)
     arms = tuple(_arm(group, sweep, curve) for _, group in groups)
@@ -122,7 +123,7 @@ def _refuse_twins(rows: pd.DataFrame) -> None:
 
 def _arm(rows: pd.DataFrame, sweep: Sweep, curve: dict[float, Difference]) -> Arm:
     final = rows[(rows["status"] == "final") & rows["valid_loss"].notna()]
-    first = _plain(rows.iloc[0])
+    first = plain(rows.iloc[0])
     seeds, losses = tuple(final["seed"].tolist()), tuple(final["valid_loss"].tolist())
     if first["arm"] == ALLOCATION and first["mode"] == "paper":
         difference = curve.get(first["rho"])
@@ -141,5 +142,6 @@ def _arm(rows: pd.DataFrame, sweep: Sweep, curve: dict[float, Difference]) -> Ar
     )
 
 
-def _plain(row: pd.Series) -> dict[str, Any]:
+def plain(row: pd.Series) -> dict[str, Any]:
+    """A row as a dictionary, missing values as None."""
     return {str(key): None if pd.isna(value) else value for key, value in row.items()}

@@ -40,7 +40,9 @@ ARMS: dict[str, tuple[str, str]] = {
 
 
 def count(number: float) -> str:
-    """Write a count with a unit: 2_612_000 as `2.61M`."""
+    """Write a count with a unit: 2_612_000 as `2.61M`; beyond a thousand T as `2e+20`."""
+    if abs(number) >= 1e15:
+        return f"{number:.3g}"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"

@@ -25,6 +25,8 @@ Memory = EngramConfig | OverEncodingConfig
 P_TOT_TOLERANCE = 0.001
 P_ACT_TOLERANCE = 0.005
 FLOPS_TOLERANCE = 0.005
+SPARSITY_TOLERANCE = 0.1
+MOST_EXPERTS = 1 << 16
 
 
 def n_routed_at(backbone: ModelConfig, rho: float) -> int:
@@ -97,6 +99,41 @@ def dense(backbone: ModelConfig) -> ModelConfig:
     narrow = replace(backbone, moe=None, n_dense_layers=backbone.n_layers, d_ff=1)
     spare = count_params(backbone).P_act - count_params(narrow).P_tot
     return replace(narrow, d_ff=1 + round(spare / (3 * backbone.d_model * backbone.n_layers)))
+
+
+def with_sparsity(backbone: ModelConfig, ratio: float) -> ModelConfig:
+    """The pure MoE of the same widths and top_k whose P_tot / P_act is nearest to `ratio`, by its number of experts.
+
+    P_act moves a little too, since a router has a row per expert: the ratio is solved for, not P_tot.
+
+    Args:
+        backbone: pure MoE.
+        ratio: P_tot / P_act; the paper holds it near 10.
+
+    Raises:
+        ValueError: no number of experts comes within a tenth of it; names what is possible.
+    """
+    moe = _moe(backbone)
+
+    def at(n_routed: int) -> tuple[ModelConfig, float]:
+        config = replace(backbone, moe=replace(moe, n_routed_experts=n_routed))
+        counts = count_params(config)
+        return config, counts.P_tot / counts.P_act
+
+    least = moe.top_k + 1
+    low, high = least, 2 * least
+    while at(high)[1] < ratio and high < MOST_EXPERTS:
+        low, high = high, 2 * high
+    while high - low > 1:  # the ratio rises with the number of experts
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle)[1] < ratio else (low, middle)
+    config, nearest = min((at(low), at(high)), key=lambda pair: abs(pair[1] - ratio))
+    if abs(nearest / ratio - 1) > SPARSITY_TOLERANCE:
+        raise ValueError(
+            f"no number of routed experts gives P_tot / P_act = {ratio:g}: this backbone reaches {at(least)[1]:.2f} "
+            f"to {at(MOST_EXPERTS)[1]:.2f}, and {nearest:.2f} at the nearest"
+        )
+    return config
 
 
 def with_rows(config: ModelConfig, n_rows: int) -> ModelConfig:

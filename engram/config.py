@@ -140,6 +140,9 @@ class EngramConfig:
     """`sigmoid` is Eq. 4 as printed; `signed_sqrt` is what DeepSeek's code computes; `none` always opens."""
     conv_kernel: int = 4
     """Taps of the short convolution (Eq. 5); 0 leaves it out, as DeepSeek-V4.1 does."""
+    one_stream: bool | None = None
+    """True is the ablation without multi-branch fusion (section 6.2): one gate and one output, on the state that
+    attention reads, in place of one a residual stream. None, which keeps the names of older runs, is False."""
 
     def __post_init__(self) -> None:
         _require(len(self.layer_ids) > 0, "Engram needs at least one layer in layer_ids")
@@ -152,6 +155,10 @@ class EngramConfig:
             f"n_slots lists {len(self.tables.n_slots)} layers, layer_ids {len(self.layer_ids)}",
         )
         _require(self.conv_kernel >= 0, f"{self.conv_kernel=} must not be negative")
+
+    def n_streams(self, of_backbone: int) -> int:
+        """Residual streams that the memory gates and writes, of a backbone with `of_backbone`."""
+        return 1 if self.one_stream else of_backbone
 
 
 @dataclass(frozen=True, kw_only=True)

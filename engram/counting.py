@@ -144,7 +144,7 @@ def _memory_matrices(config: ModelConfig) -> int:
         return config.d_model * config.over_encoding.tables.d_mem
     if (engram := config.engram) is None:
         return 0
-    keys = 0 if engram.gate == "none" else config.n_streams
+    keys = 0 if engram.gate == "none" else engram.n_streams(config.n_streams)
     return len(engram.layer_ids) * (1 + keys) * config.d_model * engram.tables.d_mem
 
 
@@ -153,7 +153,7 @@ def _memory_vectors(config: ModelConfig) -> int:
         return 0
     gate_norms = 0 if engram.gate == "none" else 2
     convolution = 0 if engram.conv_kernel == 0 else engram.conv_kernel + 1
-    return len(engram.layer_ids) * (gate_norms + convolution) * config.n_streams * config.d_model
+    return len(engram.layer_ids) * (gate_norms + convolution) * engram.n_streams(config.n_streams) * config.d_model
 
 
 def _stream_matrix(config: ModelConfig) -> int:

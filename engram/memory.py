@@ -66,7 +66,7 @@ class Engram(nn.Module):
         super().__init__()
         engram = config.engram
         assert engram is not None
-        M, D, Q = config.n_streams, config.d_model, engram.tables.d_mem
+        M, D, Q = engram.n_streams(config.n_streams), config.d_model, engram.tables.d_mem
         self.gate = engram.gate
         self.tables = NgramTables(engram.tables, layer)
         self.w_value_DQ = nn.Parameter(torch.empty(D, Q))
@@ -83,7 +83,7 @@ class Engram(nn.Module):
         """Return what is added to every stream, [B, T, M, D].
 
         Args:
-            h_BTMD: residual streams before attention.
+            h_BTMD: residual streams before attention; with `one_stream` the one state that attention reads.
             rows_BTG: row ids from `NgramHasher`.
             documents_BT: document numbers that the convolution must not cross; None lets it.
         """

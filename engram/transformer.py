@@ -32,6 +32,7 @@ class Block(nn.Module):
         super().__init__()
         engram = config.engram
         self.engram = Engram(config, engram.layer_ids.index(layer)) if engram and layer in engram.layer_ids else None
+        self.fused = engram is None or not engram.one_stream
         self.norm_attention = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = build_attention(config)
         self.residual_attention = build_residual(config)
@@ -47,10 +48,21 @@ class Block(nn.Module):
     def forward(
         self, x_BTMD: Tensor, angles_TC: Tensor, rows_BTG: Tensor | None, documents_BT: Tensor | None
     ) -> Tensor:
-        if self.engram is not None:
+        if self.engram is not None and self.fused:
             assert rows_BTG is not None
             x_BTMD = x_BTMD + self.engram(x_BTMD, rows_BTG, documents_BT)
-        x_BTMD = self.residual_attention(x_BTMD, lambda x: self.attention(self.norm_attention(x), angles_TC))
+
+        def attend(x_BTD: Tensor) -> Tensor:
+            out_BTD: Tensor
+            if self.engram is None or self.fused:
+                out_BTD = self.attention(self.norm_attention(x_BTD), angles_TC)
+                return out_BTD
+            # Without fusion memory and attention share one H_pre and one H_post. With M = 1 that changes nothing.
+            memory_BTD = self.engram(x_BTD[:, :, None], rows_BTG, documents_BT)[:, :, 0]
+            out_BTD = memory_BTD + self.attention(self.norm_attention(x_BTD + memory_BTD), angles_TC)
+            return out_BTD
+
+        x_BTMD = self.residual_attention(x_BTMD, attend)
         out: Tensor = self.residual_ffn(x_BTMD, lambda x: self.ffn(self.norm_ffn(x)))
         return out
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 
 from engram.counting import count_params, train_flops_per_token
+from experiments.grid import notes
 from experiments.settings import Budget, Run
 
 
@@ -16,6 +17,7 @@ class PlannedPoint:
     """One point of a suite, all its seeds together."""
 
     arm: str
+    variant: str | None
     mode: str
     rho_target: float | None
     rho: float | None
@@ -25,7 +27,7 @@ class PlannedPoint:
     P_tot: int
     P_act: int
     P_tot_error: float
-    """Relative to rho = 1."""
+    """Relative to rho = 1; in `sparsity` to that of the same level."""
     P_act_error: float
     flops_per_token: int
     tokens: int
@@ -36,14 +38,14 @@ class PlannedPoint:
 
 def plan(budget: Budget, runs: Sequence[Run]) -> list[PlannedPoint]:
     """Count every point of a suite, in its order."""
-    reference = count_params(budget.backbone)
     by_point: dict[str, list[Run]] = {}
     for run in runs:
-        by_point.setdefault(repr(run.labels), []).append(run)
+        by_point.setdefault(repr((run.labels, run.spec.replicate)), []).append(run)
+    pure = {run.labels.variant: run.spec.model for run in runs if _is_pure(run)}
     points = []
     for same in by_point.values():
         labels, spec = same[0].labels, same[0].spec
-        counts = count_params(spec.model)
+        counts, reference = count_params(spec.model), count_params(pure.get(labels.variant, budget.backbone))
         flops = train_flops_per_token(spec.model, spec.train.seq_len)
         tokens = spec.train.steps * spec.train.batch_tokens
         memory = spec.model.memory
@@ -51,6 +53,7 @@ def plan(budget: Budget, runs: Sequence[Run]) -> list[PlannedPoint]:
         points.append(
             PlannedPoint(
                 arm=labels.arm,
+                variant=labels.variant,
                 mode=labels.mode,
                 rho_target=labels.rho_target,
                 rho=labels.rho,
@@ -69,6 +72,10 @@ def plan(budget: Budget, runs: Sequence[Run]) -> list[PlannedPoint]:
     return points
 
 
+def _is_pure(run: Run) -> bool:
+    return run.labels.arm == "allocation" and run.labels.rho == 1
+
+
 def as_dicts(points: Sequence[PlannedPoint]) -> list[dict[str, object]]:
     """For --json."""
     return [asdict(point) for point in points]
@@ -81,18 +88,22 @@ def as_table(budget: Budget, suite: str, points: Sequence[PlannedPoint]) -> Tabl
     speed = f"{budget.flops_per_s / 1e12:g} TFLOP/s"
     table = Table(
         title=f"{suite} on {budget.name}: {runs} runs, {_hours(hours)} of device time at {speed}",
-        caption=budget.about,
+        caption="\n".join([budget.about, *notes(suite, budget.grid, budget.backbone.n_streams)]),
         title_justify="left",
         caption_justify="left",
         pad_edge=False,
         box=None,
     )
     table.add_column("arm", no_wrap=True)
+    named = any(point.variant for point in points)
+    if named:
+        table.add_column("variant", no_wrap=True)
     for name in ("rho", "experts", "slots/table", "P_tot", "", "P_act", "", "FLOPs/token", "tokens", "hours", "seeds"):
         table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         table.add_row(
             point.arm + (" (strict)" if point.mode == "strict" else ""),
+            *([point.variant or "-"] if named else []),
             "-" if point.rho is None else f"{point.rho:.3f}",
             str(point.n_routed_experts) if point.n_routed_experts else "-",
             "-" if point.slots is None else f"{point.slots[0]:,}",

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from engram.config import EngramConfig, ModelConfig, OptimConfig
+from experiments.grid import Grid
 
 
 class UserError(Exception):
@@ -74,6 +75,8 @@ class RunSpec:
     """sha256 of the data manifest."""
     schema: int = 1
     """Raised when a change of code changes results for an equal spec."""
+    replicate: int | None = None
+    """Tells runs apart that should be equal: the same seed once more. None, the first, is not hashed."""
 
     @property
     def run_id(self) -> str:
@@ -87,11 +90,15 @@ class Labels:
 
     budget: str
     arm: str
-    """allocation, dense, module-only, random-ids, over-encoding, or an ablation's name."""
+    """allocation, dense, module-only, random-ids, over-encoding, engram, or ablation."""
     mode: Literal["paper", "strict"] = "paper"
     rho_target: float | None = None
     rho: float | None = None
     """Realised: (n_routed - top_k) / (n_routed at rho 1 - top_k)."""
+    suite: str | None = None
+    """Set by `runs_of`; None in what was written before there were several suites."""
+    variant: str | None = None
+    """The point's name where arm and rho do not tell it: `layer-2`, `no-gate`, `slots-10x`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +176,8 @@ class Budget:
     """rho of `random-ids`, `strict` and `over-encoding`, and of the Engram of `baselines`."""
     large_memory_factor: float = 3.2
     """Slots of the larger Engram of `baselines` (Engram-40B holds 3.2 times Engram-27B's)."""
+    grid: Grid = field(default_factory=Grid)
+    """What the other suites vary."""
     flops_per_s: float = 320e12
     """Sustained speed that `plan` turns FLOPs into hours with: 40 percent of 800 TFLOP/s, or a CPU core's."""
     runtime: Runtime = field(default_factory=Runtime)

@@ -58,6 +58,8 @@ class RunStatus:
 def label(run: Run) -> str:
     """A run's name for people: `allocation rho 0.80 seed 0`."""
     labels, words = run.labels, [run.labels.arm]
+    if labels.variant is not None:
+        words.append(labels.variant)
     if labels.mode == "strict":
         words.append("strict")
     if labels.rho_target is not None:

@@ -116,11 +116,14 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["plan", "cpu-smal"], "'cpu-smal' is no suite (allocation, baselines) and no budget (27b, cpu-small,"),
+        (
+            ["plan", "cpu-smal"],
+            "'cpu-smal' is no suite (allocation, sparsity, horizon",
+        ),
         (["plan", "alocation", "cpu-smoke"], "name one suite and one budget, not alocation cpu-smoke"),
         (["plan", "nowhere.yaml"], "no budget 'nowhere.yaml'"),
         (["plan", "train.token=5"], "train.token=5: Key 'token' not in 'TrainConfig'"),
-        (["plan", "suite=nothing"], "no suite 'nothing': choose one of allocation, baselines"),
+        (["plan", "suite=nothing"], "no suite 'nothing': choose one of allocation, sparsity"),
         (["plan", "engram.tables.d_mem=4096"], "is the largest below 1 that this memory allows"),
         (["launch", "train.tokens=1e6"], "train.tokens=1e6: Value '1000000.0' of type 'float'"),
         (["launch", "runtime.workers=-1"], "runtime.workers=-1 must be at least 0"),

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from analysis.collect import COLUMNS, collect, read_table, write_atomically, write_table
+from analysis.collect import COLUMNS, LATER, collect, read_table, rows_of_suite, write_atomically, write_table
 from analysis.errors import BadFile, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -196,3 +196,33 @@ def test_help_loads_nothing_slow_and_drawing_loads_no_torch() -> None:
 
     assert not {"torch", "pandas", "matplotlib", "scipy"} & loaded("import analysis.__main__")
     assert not {"torch", "engram", "experiments"} & loaded("import analysis.figures, analysis.tables")
+
+
+def test_a_table_of_before_there_were_suites_is_read_with_the_ratios_that_follow(tmp_path: Path) -> None:
+    write_run(tmp_path, "ra", train_tokens=26_120_000)
+    table = collect(tmp_path)
+    write_table(table.drop(columns=sorted(LATER)), tmp_path / "runs.csv")
+    again = read_table(tmp_path / "runs.csv")
+    assert list(again.columns) == list(COLUMNS)
+    assert again["suite"].isna().all()
+    assert again["P_tot_per_P_act"][0] == 2_612_000 / 262_000
+    assert again["tokens_per_P_tot"][0] == 10
+
+
+def test_a_run_that_was_labelled_again_with_its_suite_has_one_row_for_each_suite(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "ra")
+    same = {"budget": "b", "arm": "allocation", "mode": "paper", "rho_target": 0.8, "rho": 0.8}
+    lines = [same | {"suite": suite, "variant": None} for suite in ("allocation", "baselines")]
+    path.with_name("labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert collect(tmp_path)["suite"].tolist() == ["allocation", "baselines"]
+
+
+def test_a_label_for_one_suite_takes_an_older_run_from_no_other(tmp_path: Path) -> None:
+    """rho = 1 was trained for the curve before suites were noted; then `baselines` shared it."""
+    path = write_run(tmp_path, "ra", rho=1.0, rho_target=1.0)
+    label = {"budget": "b", "arm": "allocation", "mode": "paper", "rho_target": 1.0, "rho": 1.0, "suite": "baselines"}
+    path.with_name("labels.jsonl").write_text(json.dumps(label) + "\n")
+    write_run(tmp_path, "rb", arm="engram-large")
+    table = collect(tmp_path)
+    assert rows_of_suite(table, "allocation")["run_id"].tolist() == ["ra"]
+    assert rows_of_suite(table, "baselines")["run_id"].tolist() == ["ra", "rb"]

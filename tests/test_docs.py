@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 
 from analysis.__main__ import _parser as analysis_parser
+from analysis.canvas import Drawn
+from analysis.claims import as_json as claims_as_json
+from analysis.claims import judge_all
 from analysis.collect import read_table
+from analysis.dossier import read_dossiers
 from analysis.figures import caption
+from analysis.gallery import as_json, drawn_all
 from analysis.study import read_study, split
 from experiments.__main__ import parse
 from experiments.study import parse_study
@@ -80,6 +85,22 @@ def test_the_committed_figures_follow_from_the_committed_rows() -> None:
             assert again[path] == (pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value), (
                 path
             )
+
+
+@pytest.mark.parametrize("folder", [REFERENCE, REFERENCE / "one-minute"], ids=lambda folder: folder.name)
+def test_every_committed_number_and_verdict_follows_from_the_committed_rows(folder: Path) -> None:
+    for dossier in read_dossiers(read_table(folder / "runs.csv")):
+        again = {name: as_json(drawn, dossier, name) for name, drawn in drawn_all(dossier) if isinstance(drawn, Drawn)}
+        again["claims"] = claims_as_json(dossier, judge_all(dossier))
+        stored = {path.stem.removeprefix(f"{dossier.name}_") for path in folder.glob(f"{dossier.name}_*.json")}
+        assert stored == set(again)
+        for name, found in again.items():
+            then = numbers(json.loads((folder / f"{dossier.name}_{name}.json").read_text()))
+            now = numbers(json.loads(json.dumps(found)))
+            assert then.keys() == now.keys()
+            for path, value in then.items():
+                same = pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
+                assert now[path] == same, (name, path)
 
 
 def test_the_readme_states_the_verdict_that_was_measured() -> None:

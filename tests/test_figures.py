@@ -257,7 +257,7 @@ def test_the_command_draws_what_it_can_and_names_what_it_cannot(
     where = ["--table", str(tmp_path / "runs.csv"), "--out", str(tmp_path / "figures")]
     assert main(["figures", *where]) == 2
     printed = capsys.readouterr()
-    assert "a: no finished run at rho = 1" in printed.err
+    assert "a: allocation: no finished run at rho = 1" in printed.err
     assert f"{tmp_path / 'figures' / 'b_allocation.png'}\n" in printed.out
     assert "\nU: the loss is lowest near rho" in printed.out
     assert main(["tables", *where, "--budget", "b"]) == 0

@@ -240,3 +240,17 @@ def test_engram_without_gate_and_convolution_is_a_linear_map_of_the_rows() -> No
     y_BTMD = module(h_BTMD, rows_BTG, None)
     expected = (module.tables.table_SP[rows_BTG].flatten(2) @ module.w_value_DQ.T)[:, :, None].expand(B, T, M, D)
     torch.testing.assert_close(y_BTMD, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_fusion_one_gate_serves_all_streams_and_counts_as_one() -> None:
+    from conftest import tiny_model
+
+    from engram.counting import count_params
+
+    config = tiny_config(n_streams=M, engram=tiny_engram(one_stream=True))
+    module = Engram(config, 0)
+    assert module.w_key_MDQ.shape == (1, D, Q)
+    built = sum(p.numel() for p in tiny_model(config).parameters())
+    assert built == count_params(config).total
+    fused = count_params(tiny_config(n_streams=M, engram=tiny_engram())).memory_module
+    assert count_params(config).memory_module < fused

@@ -36,6 +36,7 @@ AT_INPUT = OverEncodingConfig(tables=tiny_tables(n_slots=((31, 37, 41, 43),)))
 ARMS: dict[str, dict[str, Any]] = {
     "engram": {},
     "streams": {"model": {"n_streams": 2}},
+    "no-fusion": {"model": {"n_streams": 2, "engram": tiny_engram(one_stream=True)}},
     "random-ids": {"model": {"engram": RANDOM}},
     "over-encoding": {"model": {"engram": None, "over_encoding": AT_INPUT}},
     "pure-moe": {"model": {"engram": None}},
@@ -307,3 +308,19 @@ def test_a_tiny_model_overfits_one_batch(shards: Shards) -> None:
     losses = [trainer.train_step()["loss"] for _ in range(120)]
     assert losses[0] > 5
     assert losses[-1] < 0.1
+
+
+def test_a_result_says_what_the_suites_vary(shards: Shards, tmp_path: Path) -> None:
+    """The columns that analysis reads, and a replicate that has a name of its own and the same loss to the last bit."""
+    optim = OptimConfig(lr=5e-3, table_lr_mult=2.5)
+    run = study_run(shards, optim=optim, tokens=2 * 256)
+    labels = replace(run.labels, suite="layers", variant="layer-1+3")
+    again = replace(run.spec, replicate=1)
+    first, second = (result(train_whole(Run(spec=spec, labels=labels), shards, tmp_path)) for spec in (run.spec, again))
+    assert (first["suite"], first["variant"], first["engram_layers"]) == ("layers", "layer-1+3", "0 2")
+    assert (first["lr"], first["table_lr_mult"]) == (5e-3, 2.5)
+    assert first["P_tot_per_P_act"] == first["P_tot"] / first["P_act"]
+    assert first["tokens_per_P_tot"] == 512 / first["P_tot"]
+    assert (first["replicate"], second["replicate"]) == (None, 1)
+    assert first["run_id"] != second["run_id"]
+    assert first["valid_loss"] == second["valid_loss"]

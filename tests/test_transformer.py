@@ -202,3 +202,33 @@ def test_a_pad_token_outside_the_vocabulary_is_refused() -> None:
 def test_a_bos_token_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="bos_id=64"):
         replace(tiny_config(), bos_id=VOCAB)
+
+
+def test_without_fusion_a_single_stream_computes_the_same() -> None:
+    """x + E(x) + attention(x + E(x)), in one sub-layer or in two: the switch concerns several streams only."""
+    tokens = tokens_without_bos(2, 12)
+    losses = []
+    for one_stream in (None, True):
+        model = awake_model(tiny_config(engram=tiny_engram(one_stream=one_stream)))
+        losses.append(model(tokens[:, :-1], tokens[:, 1:]).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_without_fusion_memory_is_read_and_written_where_attention_is() -> None:
+    """With H_pre that reads stream 0 alone and H_post that writes to stream 0 alone, no other stream gets memory."""
+    config = tiny_config(n_streams=3, engram=tiny_engram(one_stream=True, layer_ids=(0, 1)))
+    block = awake_model(config).blocks[0]
+    residual = block.residual_attention
+    with torch.no_grad():
+        residual.stream_phi.zero_()
+        residual.stream_bias[:6] = torch.tensor([20.0, -20, -20, 20, -20, -20])  # type: ignore[index]
+        residual.stream_bias[6:] = (torch.eye(3) * 40).flatten()  # type: ignore[index]
+    x_BTMD = torch.randn(2, 5, 3, config.d_model)
+    rows_BTG = torch.randint(0, 31, (2, 5, 4))
+    seen = []
+    block.residual_ffn = torch.nn.Module()
+    block.residual_ffn.forward = lambda x, _: seen.append(x) or x  # type: ignore[assignment]
+    block(x_BTMD, torch.zeros(5, 4), rows_BTG, None)
+    moved = (seen[0] - x_BTMD).abs().amax((0, 1, 3))
+    assert moved[0] > 0.1
+    assert moved[1:].max() < 1e-4
