@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.attention import build_attention, rope_angles, rope_width
+from engram.attention import build_attention, rope_angles, rope_angles_at, rope_width
 from engram.config import ModelConfig
+from engram.decoding import DecodeState, LayerState
 from engram.hashing import HashSpec, NgramHasher
 from engram.loss import cross_entropy
 from engram.memory import Engram, NgramTables, OverEncoding
@@ -30,8 +31,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        engram = config.engram
-        self.engram = Engram(config, engram.layer_ids.index(layer)) if engram and layer in engram.layer_ids else None
+        self.engram: Engram | None = None
+        if (engram := config.engram) is not None and layer in engram.layer_ids:
+            sizes = {"d_model": config.d_model, "n_streams": config.n_streams}
+            self.engram = Engram(engram, engram.layer_ids.index(layer), **sizes, norm_eps=config.norm_eps)
         self.norm_attention = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = build_attention(config)
         self.residual_attention = build_residual(config)
@@ -45,12 +48,17 @@ class Block(nn.Module):
         self.residual_ffn = build_residual(config)
 
     def forward(
-        self, x_BTMD: Tensor, angles_TC: Tensor, rows_BTG: Tensor | None, documents_BT: Tensor | None
+        self,
+        x_BTMD: Tensor,
+        angles_TC: Tensor,
+        rows_BTG: Tensor | None,
+        documents_BT: Tensor | None,
+        past: LayerState | None = None,
     ) -> Tensor:
         if self.engram is not None:
             assert rows_BTG is not None
-            x_BTMD = x_BTMD + self.engram(x_BTMD, rows_BTG, documents_BT)
-        x_BTMD = self.residual_attention(x_BTMD, lambda x: self.attention(self.norm_attention(x), angles_TC))
+            x_BTMD = x_BTMD + self.engram(x_BTMD, rows_BTG, documents_BT, past)
+        x_BTMD = self.residual_attention(x_BTMD, lambda x: self.attention(self.norm_attention(x), angles_TC, past))
         out: Tensor = self.residual_ffn(x_BTMD, lambda x: self.ffn(self.norm_ffn(x)))
         return out
 
@@ -94,38 +102,61 @@ class Transformer(nn.Module):
             if isinstance(module, NgramTables):
                 module.sparse_grad = sparse
 
-    def hidden(self, tokens_BT: Tensor, draws_B: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, draws_B: Tensor | None = None, state: DecodeState | None = None) -> Tensor:
         """Final hidden states [B, T, D], normed, before the head."""
         config = self.config
-        documents_BT, rows = None, []
-        if self.hasher is not None:
-            if self.hasher.tables.stop_at_documents:
-                documents_BT = (tokens_BT == config.bos_id).cumsum(-1)
-            rows = self.hasher(tokens_BT, documents_BT, draws_B)
+        if state is not None:
+            state.read(tokens_BT)
+        documents_BT, rows = self._lookups(tokens_BT, draws_B, state)
 
         x_BTD = F.embedding(tokens_BT, self.embed_VD)
         if self.over_encoding is not None:
             x_BTD = self.over_encoding(x_BTD, rows[0])
-        angles_TC = rope_angles(tokens_BT.shape[1], rope_width(config), config.rope_theta, tokens_BT.device)
+        if state is None:
+            angles_TC = rope_angles(tokens_BT.shape[1], rope_width(config), config.rope_theta, tokens_BT.device)
+        else:
+            angles_TC = rope_angles_at(state.positions_BT, rope_width(config), config.rope_theta)
         engram_layers = config.engram.layer_ids if config.engram else ()
 
         # All streams start as the embedding and are averaged at the end: for M = 1 an ordinary residual.
         x_BTMD = x_BTD[:, :, None].expand(-1, -1, config.n_streams, -1)
         for layer, block in enumerate(self.blocks):
             rows_BTG = rows[engram_layers.index(layer)] if layer in engram_layers else None
-            x_BTMD = block(x_BTMD, angles_TC, rows_BTG, documents_BT)
+            past = None if state is None else state.layers[layer]
+            x_BTMD = block(x_BTMD, angles_TC, rows_BTG, documents_BT, past)
         out: Tensor = self.norm_out(x_BTMD.mean(2))
         return out
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, draws_B: Tensor | None = None) -> Tensor:
+    def _lookups(
+        self, tokens_BT: Tensor, draws_B: Tensor | None, state: DecodeState | None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Document numbers, with a state also of the tokens just before, and the row ids of every memory layer."""
+        if self.hasher is None:
+            return None, []
+        if state is not None:
+            rows = self.hasher(state.tokens_BR, state.documents_BR, draws_B, state.positions_BR)
+            return state.documents_BR, [rows_BRG[:, -tokens_BT.shape[1] :] for rows_BRG in rows]
+        documents_BT = None
+        if self.hasher.tables.stop_at_documents:
+            documents_BT = (tokens_BT == self.config.bos_id).cumsum(-1)
+        return documents_BT, self.hasher(tokens_BT, documents_BT, draws_B)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        draws_B: Tensor | None = None,
+        state: DecodeState | None = None,
+    ) -> Tensor:
         """Return logits [B, T, V], or with targets the mean cross-entropy in nats (a scalar).
 
         Args:
             tokens_BT: token ids.
             targets_BT: the tokens to predict at each position.
             draws_B: number of each sequence, which random rows depend on in the `random-ids` control.
+            state: what was read before these tokens, which it then holds as well; None reads a whole text at once.
         """
-        x_BTD = self.hidden(tokens_BT, draws_B)
+        x_BTD = self.hidden(tokens_BT, draws_B, state)
         if targets_BT is None:
             return F.linear(x_BTD, self.head_VD)
         return cross_entropy(x_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_engram, tiny_tables
+from conftest import tiny_engram, tiny_tables
 from torch import Tensor, nn
 
 from engram.config import OverEncodingConfig
@@ -29,7 +29,7 @@ def fill(module: nn.Module, scale: float = 0.5) -> None:
 
 
 def engram_layer(n_streams: int = M, layer: int = 0, **changes: Any) -> Engram:
-    module = Engram(tiny_config(n_streams=n_streams, engram=tiny_engram(**changes)), layer)
+    module = Engram(tiny_engram(**changes), layer, d_model=D, n_streams=n_streams)
     fill(module)
     return module
 
