@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engram.config import EngramConfig, ModelConfig
+from engram.config import ModelConfig
 
 
 class LayerState:
@@ -148,7 +148,7 @@ def _reach(config: ModelConfig) -> int:
     if (memory := config.memory) is None:
         return 0
     longest = max(memory.tables.ngram_orders)
-    taps = memory.conv_kernel if isinstance(memory, EngramConfig) else 0
+    taps = 0 if config.engram is None else config.engram.conv_kernel
     return max(longest - 1, (taps - 1) * longest)
 
 
