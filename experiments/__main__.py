@@ -1,4 +1,4 @@
-"""python -m experiments {plan,data,launch,status,cancel,run}: from a budget's name to finished runs.
+"""python -m experiments {plan,data,launch,status,cancel,run,export}: from a budget's name to finished runs, and on.
 
 Suites and budgets are named in any order; `key=value` changes a budget for this call:
 
@@ -7,6 +7,7 @@ Suites and budgets are named in any order; `key=value` changes a budget for this
     python -m experiments launch allocation cpu-small seeds=[0] runtime.workers=1
     python -m experiments launch allocation gpu-small --on slurm --profile slurm/one-gpu.yaml
     python -m experiments status allocation cpu-small --watch
+    python -m experiments export r0123456789 models/engram
 
 Exit codes: 0 done, 1 a run failed, 2 a mistake in what was asked, 3 (run) or 130 (launch) interrupted and resumable.
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from experiments.commands import (
     command_cancel,
     command_data,
+    command_export,
     command_launch,
     command_plan,
     command_run,
@@ -37,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,data,launch,status,cancel,run}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{plan,data,launch,status,cancel,run,export}"
+    )
 
     def add_words(command: argparse.ArgumentParser) -> None:
         suites, budgets = ", ".join(SUITES), ", ".join(budget_names())
@@ -96,6 +100,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", help="a directory that launch made")
     command.add_argument("--shards", required=True, help="the shard directory it was planned for")
     command.add_argument("words", nargs="*", metavar="key=value", help="runtime settings, such as threads=2")
+    command = add(
+        "export",
+        command_export,
+        "write a finished run for transformers, code and all",
+        "export r0123456789 models/engram",
+    )
+    command.add_argument("run", metavar="RUN", help="a run's name or directory")
+    command.add_argument("target", metavar="DIR", help="the directory to write, which must not exist")
+    command.add_argument("words", nargs="*", metavar="key=value", help="runtime.runs_dir=PATH, runtime.data_dir=PATH")
     return parser
 
 

@@ -139,3 +139,15 @@ def command_run(args: argparse.Namespace) -> int:
     from experiments.worker import work
 
     return work(RunDir(Path(args.run_dir)), Path(args.shards), load_runtime(args.words))
+
+
+def command_export(args: argparse.Namespace) -> int:
+    """Write a finished run for use elsewhere."""
+    from experiments.export import export_run
+    from experiments.finished import open_finished
+
+    runtime = load_runtime([word.removeprefix("runtime.") for word in args.words])
+    given = Path(args.run)
+    path = given if given.is_dir() else Path(runtime.runs_dir) / args.run
+    print(export_run(open_finished(path, Path(runtime.data_dir)), Path(args.target)))
+    return 0
