@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -151,3 +152,42 @@ def command_export(args: argparse.Namespace) -> int:
     path = given if given.is_dir() else Path(runtime.runs_dir) / args.run
     print(export_run(open_finished(path, Path(runtime.data_dir)), Path(args.target)))
     return 0
+
+
+def command_eval(args: argparse.Namespace) -> int:
+    """Score the finished runs of a suite on benchmarks."""
+    # Before anything imports tqdm: the command shows its own progress, and the harness would show one a request.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from experiments.benchmarks import choose
+    from experiments.evals import Asked, evaluate
+    from experiments.finished import open_finished
+    from experiments.parallel import choose_device
+    from experiments.rundir import RunDir
+
+    benchmarks = choose([args.tasks])
+    for option, folder in (("--data", args.data), ("--text", args.text)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{option}: no folder {folder}")
+    if args.batch < 1 or (args.limit is not None and args.limit < 1):
+        raise UserError(f"--limit and --batch count from 1, not {args.limit} and {args.batch}")
+    study = parse_study(args.words)
+    runtime = study.budget.runtime
+    runs, _ = runs_with_data(study, build=False)
+    here = [RunDir(Path(runtime.runs_dir) / run.spec.run_id) for run in runs]
+    ended = [place for place in here if place.path.is_dir() and place.state() == "final"]
+    if not ended:
+        raise UserError(f"no run of {study.suite} on {study.budget.name} has finished: launch it first")
+    if len(ended) < len(here):
+        print(
+            f"{len(here) - len(ended)} of {len(here)} runs have not finished, or diverged: not scored", file=sys.stderr
+        )
+    device = str(choose_device(runtime.device))
+    asked = Asked(benchmarks, args.data, args.text, args.limit, args.batch, device)
+    finished = [open_finished(place.path, Path(runtime.data_dir)) for place in ended]
+    report = evaluate(finished, asked, dry_run=args.dry_run)
+    for name, why in report.skipped.items():
+        print(f"skipped {name}: {why}")
+    for busy in report.busy:
+        print(f"skipped, {busy}", file=sys.stderr)
+    print(f"{len(report.results)} results of {len(ended)} runs, {len(report.skipped)} benchmarks skipped")
+    return 1 if report.busy else 0
