@@ -134,7 +134,7 @@ def score(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], limit: int | Non
     Returns:
         Plain values: `metrics` by name, `n` items, `chance` of the benchmark's metric (None if it has none), `tasks`
         with each task's own numbers, `items` by metric and task (text of 0 and 1 where every item is one of them), and
-        `items_id`, equal where items are; `truncated`, how many texts were too long for the window and lost their start.
+        `items_id`, equal where items are; `truncated`, how many texts were too long for the window and were cut.
     """
     from lm_eval.evaluator import evaluate
 
