@@ -74,6 +74,20 @@ def _collect(args: argparse.Namespace) -> None:
     write_table(table, args.table)
     diverged = int((table["status"] == "diverged").sum())
     print(f"{args.table}: {len(table)} runs" + (f", {diverged} of them diverged" if diverged else ""))
+    _collect_benchmarks(args)
+
+
+def _collect_benchmarks(args: argparse.Namespace) -> None:
+    from analysis.benchmarks import collect
+    from analysis.collect import write_table
+
+    if not (results := collect(args.runs)).empty:
+        write_table(results, path := _benchmarks_beside(args.table))
+        print(f"{path}: {len(results)} results")
+
+
+def _benchmarks_beside(table: Path) -> Path:
+    return table.with_name("benchmarks.csv")
 
 
 def _figures(args: argparse.Namespace) -> None:
@@ -84,6 +98,7 @@ def _figures(args: argparse.Namespace) -> None:
         for path in save(allocation(study, paper), caption(study), args.out / f"{study.name}_allocation"):
             print(path)
         print(study.verdict.sentence)
+    _draw_benchmarks(args)
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -94,6 +109,34 @@ def _tables(args: argparse.Namespace) -> None:
         path = args.out / f"{study.name}_allocation.md"
         write_atomically(path, allocation(study))
         print(path)
+    _write_baselines(args)
+
+
+def _write_baselines(args: argparse.Namespace) -> None:
+    from analysis.baselines_table import baselines
+    from analysis.benchmarks import read_table as read_benchmarks
+    from analysis.collect import read_table, write_atomically
+    from analysis.study import split
+
+    results = read_benchmarks(_benchmarks_beside(args.table))
+    for name, rows in split(read_table(args.table), args.budget).items():
+        if (text := baselines(name, rows, results)) is not None:
+            write_atomically(path := args.out / f"{name}_baselines.md", text)
+            print(path)
+
+
+def _draw_benchmarks(args: argparse.Namespace) -> None:
+    from analysis.benchmark_figure import draw, numbers, points
+    from analysis.benchmarks import read_table as read_benchmarks
+    from analysis.collect import read_table
+    from analysis.figures import save
+    from analysis.study import split
+
+    results = read_benchmarks(_benchmarks_beside(args.table))
+    for name, rows in split(read_table(args.table), args.budget).items():
+        if not (chosen := points(rows, results)).empty:
+            for path in save(draw(name, chosen), numbers(name, chosen), args.out / f"{name}_benchmarks"):
+                print(path)
 
 
 def _studies(args: argparse.Namespace) -> Iterator[Study]:

@@ -135,12 +135,20 @@ def score(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], limit: int | Non
         Plain values: `metrics` by name, `n` items, `chance` of the benchmark's metric (None if it has none), `tasks`
         with each task's own numbers, `items` by metric and task (text of 0 and 1 where every item is one of them), and
         `items_id`, equal where items are; `truncated`, how many texts were too long for the window and were cut.
+
+    Raises:
+        UserError: an answer alone is longer than the window.
     """
     from lm_eval.evaluator import evaluate
 
     # It draws a bar for every kind of request and has no switch for that.
     with _counting_truncations() as truncated, redirect_stderr(io.StringIO()):
-        results = evaluate(lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=0, log_samples=True)
+        try:
+            results = evaluate(lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=0, log_samples=True)
+        except AssertionError as error:  # all that the harness says of an answer longer than the window
+            raise UserError(
+                f"{benchmark.name} cannot be scored in a window of {lm.max_length} tokens: an answer is longer"
+            ) from error
     assert results is not None, "one process scores alone"
     samples = {name: _chosen(rows, benchmark.filter) for name, rows in results["samples"].items()}
     metrics = sorted(

@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval")
     os.environ["HF_HOME"], os.environ["HF_HUB_OFFLINE"] = str(folder / "home"), "1"
     shards = build_shards(folder)
-    run_dir = RunDir.create(folder / "runs", study_run(shards))
+    run_dir = RunDir.create(folder / "runs", study_run(shards, seq_len=128))
     assert train(run_dir, shards, Runtime(device="cpu"), lambda: False) == "final"
     (folder / "data" / "blimp").mkdir(parents=True)
     lines = [json.dumps({"sentence_good": good, "sentence_bad": bad}) for good, bad in BLIMP]
