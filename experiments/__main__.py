@@ -1,4 +1,4 @@
-"""python -m experiments {plan,data,launch,status,cancel,run,eval,export}: from a name to runs, scores, models.
+"""python -m experiments {plan,data,launch,status,cancel,run,eval,speed,export}: from a name to runs and models.
 
 Suites and budgets are named in any order; `key=value` changes a budget for this call:
 
@@ -30,6 +30,7 @@ from experiments.commands import (
     command_launch,
     command_plan,
     command_run,
+    command_speed,
     command_status,
 )
 from experiments.loading import budget_names
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{plan,data,launch,status,cancel,run,eval,export}"
+        dest="command", required=True, metavar="{plan,data,launch,status,cancel,run,eval,speed,export}"
     )
 
     def add_words(command: argparse.ArgumentParser) -> None:
@@ -123,6 +124,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=int, metavar="N", help="only the first items of every task")
     command.add_argument("--batch", type=int, default=32, metavar="N", help="sequences at once (32)")
     command.add_argument("--dry-run", action="store_true", help="say what would be scored")
+    command = add(
+        "speed",
+        command_speed,
+        "measure prefill, decode and memory of a suite's finished runs",
+        "speed baselines cpu-small",
+    )
+    add_words(command)
+    for option, default, text in (
+        ("--batch", 8, "sequences at once"),
+        ("--prompt", 128, "tokens read at once"),
+        ("--new", 64, "tokens written one by one"),
+    ):
+        command.add_argument(option, type=int, default=default, metavar="N", help=f"{text} ({default})")
     command = add(
         "export",
         command_export,

@@ -153,7 +153,11 @@ def _work(jobs: Sequence[Job], asked: Asked, report: Report) -> None:
                     lm = harness.as_harness_model(finished, asked.device, asked.batch)
                     for job in same:
                         progress.update(bar, description=f"{_label(finished)}: {job.key['benchmark']}")
-                        result = _measure(job, lm, asked)
+                        try:
+                            result = _measure(job, lm, asked)
+                        except harness.TooLong as error:
+                            report.skipped[job.key["benchmark"]] = str(error)
+                            continue
                         report.results.append(result)
                         progress.console.print(
                             f"{_label(finished)}: {in_words(result)}", highlight=False, soft_wrap=True

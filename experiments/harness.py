@@ -27,6 +27,10 @@ from experiments.settings import UserError
 FEWSHOT_SEED = 1234  # the harness's own default
 
 
+class TooLong(Exception):
+    """A benchmark does not fit the window that a model was trained with."""
+
+
 @dataclass
 class Tasks:
     """Benchmarks that can be scored, and why others cannot."""
@@ -137,7 +141,7 @@ def score(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], limit: int | Non
         `items_id`, equal where items are; `truncated`, how many texts were too long for the window and were cut.
 
     Raises:
-        UserError: an answer alone is longer than the window.
+        TooLong: an answer alone is longer than the window.
     """
     from lm_eval.evaluator import evaluate
 
@@ -146,7 +150,7 @@ def score(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], limit: int | Non
         try:
             results = evaluate(lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=0, log_samples=True)
         except AssertionError as error:  # all that the harness says of an answer longer than the window
-            raise UserError(
+            raise TooLong(
                 f"{benchmark.name} cannot be scored in a window of {lm.max_length} tokens: an answer is longer"
             ) from error
     assert results is not None, "one process scores alone"
