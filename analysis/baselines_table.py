@@ -18,8 +18,8 @@ ALPHA = 0.05
 LARGE = "engram-large"
 NOTE = """\
 Loss in nats per token; bits per byte of the validation text. Scores are means over seeds, +- one standard error, which
-adds the spread over items to that over seeds; {seeds} _At chance_: the 95% interval reaches down to what guessing
-scores. Differences are taken at equal seeds and equal items, with 95% t intervals; p is corrected by Holm over all
+adds the spread over items to that over seeds; {seeds} _At chance_: the 95% interval holds what guessing scores, or
+there is none. Differences are taken at equal seeds and equal items, with 95% t intervals; p is corrected by Holm over all
 {comparisons} comparisons of this table, and bold below 0.05. An interval around zero says that no difference was shown,
 not that there is none.
 """
@@ -150,6 +150,8 @@ def _score(rows: pd.DataFrame, chance: float) -> str:
     if pd.isna(chance):
         return text
     above = score(rows, minus=float(chance))
+    if above.high is not None and above.high < 0:
+        return f"{text}, _below chance_"
     return f"{text}, _at chance_" if above.low is None or above.low <= 0 else text
 
 

@@ -210,9 +210,9 @@ def in_words(result: dict[str, Any]) -> str:
     text = f"{result['benchmark']} {found['value']:.4f}{spread}"
     if chance is None:
         return f"{text}, {result['n']} items"
-    at_chance = found["stderr"] is not None and found["value"] - 1.96 * found["stderr"] <= chance
-    beside = f"{'at' if at_chance else 'above'} chance, {chance:.4f}"
-    return f"{text}, {beside}, {result['n']} items"
+    reach = 1.96 * (found["stderr"] or 0.0)
+    side = "above" if found["value"] - reach > chance else "below" if found["value"] + reach < chance else "at"
+    return f"{text}, {side} chance, {chance:.4f}, {result['n']} items"
 
 
 def _label(finished: Finished) -> str:
