@@ -163,14 +163,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float] | None:
     """Spearman's correlation and its interval by Fisher's z with the variance of Bonett and Wright (2000).
 
-    None below four points, or where all points of a side are equal.
+    A perfect order, whose interval would have no width, gets that of the nearest order that is not: one pair of
+    neighbours swapped. None below four points, or where all points of a side are equal.
     """
     if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     r = float(stats.spearmanr(x, y).statistic)
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * np.sqrt((1 + r**2 / 2) / (len(x) - 3))
-    z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
-    return r, float(np.tanh(z - half)), float(np.tanh(z + half))
+    n = len(x)
+    almost = 1 - 12 / (n * (n**2 - 1))
+    near = float(np.clip(r, -almost, almost))
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * np.sqrt((1 + near**2 / 2) / (n - 3))
+    low, high = (float(np.tanh(np.arctanh(near) + side * half)) for side in (-1, 1))
+    return r, min(low, r), max(high, r)
 
 
 def _row(path: Path) -> dict[str, Any]:

@@ -115,6 +115,10 @@ def test_rank_correlation_and_when_there_is_none() -> None:
     r, low, high = found
     assert r == pytest.approx(stats.spearmanr(range(8), [8, 7, 6, 5, 4, 3, 1, 2]).statistic)
     assert -1 < low < r < high < 0
+    perfect = rank_correlation([1, 2, 3, 4], [8, 7, 6, 5])
+    assert perfect is not None
+    assert perfect[0] == perfect[1] == -1
+    assert perfect[2] > 0.5  # four points in order show next to nothing
     assert rank_correlation([1, 2, 3], [1, 2, 3]) is None
     assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
 
@@ -133,7 +137,7 @@ def test_the_table_says_what_differs_what_is_at_chance_and_how_many_were_compare
     assert dense.startswith("**-0.")
     assert large.startswith("**+0.")
     assert not engram.startswith("**")
-    assert "over all\n9 comparisons" in text
+    assert "over all 9 comparisons" in text
     assert "Tiny models" in text
 
 
