@@ -27,6 +27,10 @@ $(VENV)/.dev: $(VENV)/.run
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VENV)/.eval: $(VENV)/.dev
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[eval]'
+	@touch $@
+
 sweep: $(VENV)/.run  ## train a sweep and draw its curve: BUDGET=cpu-small SUITE=allocation
 	$(RUN) -m experiments launch $(SUITE) $(BUDGET)
 	$(RUN) -m analysis collect
@@ -54,7 +58,7 @@ notebooks: $(VENV)/.dev  ## execute the notebooks afresh, in place
 test: $(VENV)/.dev  ## install and run the default tests
 	$(RUN) -m pytest -m 'not slow'
 
-test-slow: $(VENV)/.dev  ## only the tests that take minutes
+test-slow: $(VENV)/.eval  ## only the tests that take minutes
 	$(RUN) -m pytest -m slow
 
 check: $(VENV)/.dev  ## lint, format, types, import contracts

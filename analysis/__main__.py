@@ -78,6 +78,20 @@ def _collect(args: argparse.Namespace) -> None:
     write_table(table, args.table)
     diverged = int((table["status"] == "diverged").sum())
     print(f"{args.table}: {len(table)} runs" + (f", {diverged} of them diverged" if diverged else ""))
+    _collect_benchmarks(args)
+
+
+def _collect_benchmarks(args: argparse.Namespace) -> None:
+    from analysis.benchmarks import collect
+    from analysis.collect import write_table
+
+    if not (results := collect(args.runs)).empty:
+        write_table(results, path := _benchmarks_beside(args.table))
+        print(f"{path}: {len(results)} results")
+
+
+def _benchmarks_beside(table: Path) -> Path:
+    return table.with_name("benchmarks.csv")
 
 
 def _figures(args: argparse.Namespace) -> None:
@@ -93,6 +107,7 @@ def _figures(args: argparse.Namespace) -> None:
                 print(path)
             if drawn.caption:
                 print(drawn.caption)
+    _draw_benchmarks(args)
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -140,6 +155,34 @@ def _report(args: argparse.Namespace) -> None:
         path = args.out / f"{dossier.name}_report.html"
         write_atomically(path, page(dossier))
         print(path)
+    _write_baselines(args)
+
+
+def _write_baselines(args: argparse.Namespace) -> None:
+    from analysis.baselines_table import baselines
+    from analysis.benchmarks import read_table as read_benchmarks
+    from analysis.collect import read_table, write_atomically
+    from analysis.study import split
+
+    results = read_benchmarks(_benchmarks_beside(args.table))
+    for name, rows in split(read_table(args.table), args.budget).items():
+        if (text := baselines(name, rows, results)) is not None:
+            write_atomically(path := args.out / f"{name}_baselines.md", text)
+            print(path)
+
+
+def _draw_benchmarks(args: argparse.Namespace) -> None:
+    from analysis.benchmark_figure import draw, numbers, points
+    from analysis.benchmarks import read_table as read_benchmarks
+    from analysis.collect import read_table
+    from analysis.figures import save
+    from analysis.study import split
+
+    results = read_benchmarks(_benchmarks_beside(args.table))
+    for name, rows in split(read_table(args.table), args.budget).items():
+        if not (chosen := points(rows, results)).empty:
+            for path in save(draw(name, chosen), numbers(name, chosen), args.out / f"{name}_benchmarks"):
+                print(path)
 
 
 def _dossiers(args: argparse.Namespace) -> Iterator[Dossier]:

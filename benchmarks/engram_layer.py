@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rounds import Contender, Part
-from engram.config import EngramConfig, GQAConfig, ModelConfig, TableConfig
+from engram.config import EngramConfig, TableConfig
 from engram.hashing import HashSpec, NgramHasher
 from engram.memory import Engram
 
@@ -124,16 +124,7 @@ class _Work:
         sizes = tuple(embedding.head_vocab_sizes)
         tables = TableConfig(d_mem=s.Q, n_hash_heads=s.heads, pad_id=EOS, compress_tokens=False, n_slots=(sizes,))
         engram = EngramConfig(layer_ids=(0,), tables=tables)
-        config = ModelConfig(
-            vocab_size=VOCAB,
-            d_model=s.D,
-            n_layers=2,
-            d_ff=s.D,
-            n_streams=s.M,
-            gqa=GQAConfig(n_heads=1, n_kv_heads=1, head_dim=s.D),
-            engram=engram,
-        )
-        layer = Engram(config, 0).to(self.device, self.dtype)
+        layer = Engram(engram, 0, d_model=s.D, n_streams=s.M).to(self.device, self.dtype)
         layer.tables.sparse_grad = True
         assert layer.conv is not None
         with torch.no_grad():

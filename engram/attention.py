@@ -10,31 +10,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import GQAConfig, MLAConfig, ModelConfig
+from engram.decoding import LayerState
 from engram.norm import RMSNorm
 
 
 def rope_angles(n_positions: int, d_rope: int, theta: float, device: torch.device) -> Tensor:
-    """Angles [T, d_rope / 2] in fp32: t * theta^(-2i / d_rope) (Su 2021, arXiv 2104.09864)."""
-    frequencies = theta ** -(torch.arange(0, d_rope, 2, device=device, dtype=torch.float32) / d_rope)
-    return torch.arange(n_positions, device=device, dtype=torch.float32)[:, None] * frequencies
+    """Angles [T, d_rope / 2] of the first positions in fp32: t * theta^(-2i / d_rope) (Su 2021, arXiv 2104.09864)."""
+    return rope_angles_at(torch.arange(n_positions, device=device), d_rope, theta)
+
+
+def rope_angles_at(positions_T: Tensor, d_rope: int, theta: float) -> Tensor:
+    """Angles [.., T, d_rope / 2] of any positions [.., T]."""
+    frequencies = theta ** -(torch.arange(0, d_rope, 2, device=positions_T.device, dtype=torch.float32) / d_rope)
+    return positions_T.float()[..., None] * frequencies
 
 
 def rotate(x_BTHC: Tensor, angles_TC: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + C/2}) by the position's angles."""
-    cos_T1C, sin_T1C = angles_TC.cos()[:, None].to(x_BTHC.dtype), angles_TC.sin()[:, None].to(x_BTHC.dtype)
+    """Turn the pairs (x_i, x_{i + C/2}) by the position's angles, which may differ by sequence: [B, T, C]."""
+    cos_T1C, sin_T1C = (f(angles_TC).unsqueeze(-2).to(x_BTHC.dtype) for f in (torch.cos, torch.sin))
     a_BTHC, b_BTHC = x_BTHC.chunk(2, dim=-1)
     return torch.cat((a_BTHC * cos_T1C - b_BTHC * sin_T1C, b_BTHC * cos_T1C + a_BTHC * sin_T1C), dim=-1)
 
 
-def _attend(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor) -> Tensor:
-    """Causal softmax attention; heads come back concatenated."""
+def _attend(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, past: LayerState | None) -> Tensor:
+    """Causal softmax attention, over the past as well if there is one; heads come back concatenated."""
+    mask, causal = None, True
+    if past is not None:
+        k_BTHC, v_BTHC = past.with_keys(k_BTHC, v_BTHC)
+        mask, causal = past.mask_B1TS, past.causal
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTHC, v_BTHC))
     if q.device.type == "cpu":
         # At small head widths torch's fp32 kernel is two to five times as fast as its bf16 one.
         with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=causal).to(v.dtype)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -57,7 +67,7 @@ class MLA(nn.Module):
         self.kv_up = nn.Linear(mla.kv_lora_rank, H * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
         self.out = nn.Linear(H * mla.v_head_dim, D, bias=False)
 
-    def forward(self, x_BTD: Tensor, angles_TC: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles_TC: Tensor, past: LayerState | None = None) -> Tensor:
         mla = self.config
         # Queries: c_q = W_DQ h, q = W_UQ norm(c_q)
         c_q = x_BTD if mla.q_lora_rank is None else self.norm_q(self.q_down(x_BTD))
@@ -72,7 +82,7 @@ class MLA(nn.Module):
         k_rope = rotate(k_rope[:, :, None], angles_TC).expand(-1, -1, mla.n_heads, -1)
         q_BTHC = torch.cat((q_nope, rotate(q_rope, angles_TC)), dim=-1)
         k_BTHC = torch.cat((k_nope, k_rope), dim=-1)
-        return self.out(_attend(q_BTHC, k_BTHC, v_BTHC))
+        return self.out(_attend(q_BTHC, k_BTHC, v_BTHC, past))
 
 
 class GQA(nn.Module):
@@ -87,12 +97,13 @@ class GQA(nn.Module):
         self.v = nn.Linear(D, gqa.n_kv_heads * gqa.head_dim, bias=False)
         self.out = nn.Linear(gqa.n_heads * gqa.head_dim, D, bias=False)
 
-    def forward(self, x_BTD: Tensor, angles_TC: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles_TC: Tensor, past: LayerState | None = None) -> Tensor:
         gqa = self.config
         q_BTHC, k_BTHC, v_BTHC = (f(x_BTD).unflatten(-1, (-1, gqa.head_dim)) for f in (self.q, self.k, self.v))
         group = gqa.n_heads // gqa.n_kv_heads
         k_BTHC = rotate(k_BTHC, angles_TC).repeat_interleave(group, dim=2)
-        return self.out(_attend(rotate(q_BTHC, angles_TC), k_BTHC, v_BTHC.repeat_interleave(group, dim=2)))
+        v_BTHC = v_BTHC.repeat_interleave(group, dim=2)
+        return self.out(_attend(rotate(q_BTHC, angles_TC), k_BTHC, v_BTHC, past))
 
 
 def build_attention(config: ModelConfig) -> MLA | GQA:

@@ -160,7 +160,13 @@ class NgramHasher(nn.Module):
         self.register_buffer("compressed_V", torch.from_numpy(spec.compressed_V), persistent=False)
         self.register_buffer("sizes_LG", torch.tensor(spec.n_slots), persistent=False)
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None, draws_B: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        draws_B: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> list[Tensor]:
         """Hash every suffix n-gram.
 
         Args:
@@ -168,12 +174,13 @@ class NgramHasher(nn.Module):
             documents_BT: number of the document each token belongs to; None lets windows cross documents.
             draws_B: number of each sequence, int64, which the rows of the `random` lookup depend on; None counts
                 from 0. Text lookups ignore it.
+            positions_BT: where each token stands in its sequence, which random rows depend on too; None counts from 0.
 
         Returns:
             One int64 tensor [B, T, G] a memory layer: rows of that layer's stacked tables.
         """
         if self.tables.lookup == "random":
-            return self._random_rows(tokens_BT, draws_B)
+            return self._random_rows(tokens_BT, draws_B, positions_BT)
         ids_BT = self.compressed_V[tokens_BT]
         window_BT = [self._shifted(ids_BT, documents_BT, back) for back in range(max(self.tables.ngram_orders))]
         return [
@@ -204,7 +211,7 @@ class NgramHasher(nn.Module):
                 rows.append(mix_BT[..., None] % sizes_G[first : first + heads])
         return torch.cat(rows, dim=-1) + _first_rows(sizes_G)
 
-    def _random_rows(self, tokens_BT: Tensor, draws_B: Tensor | None) -> list[Tensor]:
+    def _random_rows(self, tokens_BT: Tensor, draws_B: Tensor | None, positions_BT: Tensor | None) -> list[Tensor]:
         """Uniform rows from (hash_seed, number of the sequence, position, layer, lookup) alone.
 
         A hash of counters rather than a generator: the rows are the same on every device and however a batch is
@@ -214,9 +221,10 @@ class NgramHasher(nn.Module):
         device, G = tokens_BT.device, self.tables.n_lookups
         if draws_B is None:
             draws_B = torch.arange(B, device=device)
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=device)[None]
         key_BT = _split_mix(
-            _split_mix(draws_B + _split_mix(torch.tensor(self.tables.hash_seed, device=device)))[:, None]
-            + torch.arange(T, device=device)
+            _split_mix(draws_B + _split_mix(torch.tensor(self.tables.hash_seed, device=device)))[:, None] + positions_BT
         )
         rows = []
         for layer, sizes_G in enumerate(self.sizes_LG):

@@ -37,12 +37,19 @@ _RESIDUAL_WRITERS = ("attention.out.weight", ".down.weight", "w_down_EDF", "w_va
 _BLOCK_ROWS = 65_536
 
 
-def init_weights(model: Transformer, seed: int) -> None:
+def init_weights(model: nn.Module, seed: int, n_layers: int | None = None) -> None:
     """Fill every parameter in place, on its own device, from numbers drawn on the CPU.
 
     A model that is split over processes gets, in each of them, its share of the same numbers.
+
+    Args:
+        model: a `Transformer`, or a module of this package that stands in another model.
+        seed: equal seeds and names give equal numbers.
+        n_layers: blocks of that other model; a `Transformer` knows its own.
     """
-    n_layers = model.config.n_layers
+    if n_layers is None:
+        assert isinstance(model, Transformer), "a module alone does not know how deep the model is: give n_layers"
+        n_layers = model.config.n_layers
     for name, parameter in model.named_parameters():
         std = _std(name, parameter, n_layers)
         if name.endswith("table_SP"):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.config import ModelConfig, OverEncodingConfig, TableConfig
+from engram.config import EngramConfig, OverEncodingConfig, TableConfig
+from engram.decoding import LayerState
 from engram.norm import RMSNorm
 
 
@@ -60,32 +61,51 @@ class ShortConvolution(nn.Module):
 
 
 class Engram(nn.Module):
-    """One memory layer: look up, gate by the hidden state, convolve."""
+    """One memory layer: look up, gate by the hidden state, convolve. `engram.initialise` fills its parameters.
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    Args:
+        config: of all memory layers.
+        layer: which of them this is: an index into `config.layer_ids`, not a number of a block.
+        d_model: width D of the hidden states.
+        n_streams: residual streams M; 1 is a plain residual.
+        norm_eps: of its three norms.
+
+    Raises:
+        ValueError: the tables of this layer have no sizes.
+    """
+
+    def __init__(
+        self, config: EngramConfig, layer: int, *, d_model: int, n_streams: int = 1, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        engram = config.engram
-        assert engram is not None
-        M, D, Q = engram.n_streams(config.n_streams), config.d_model, engram.tables.d_mem
-        self.gate = engram.gate
-        self.tables = NgramTables(engram.tables, layer)
+        if not 0 <= layer < len(config.tables.n_slots):
+            raise ValueError(
+                f"layer={layer} has no tables, n_slots sizes {len(config.tables.n_slots)} layers: set tables.n_slots"
+            )
+        M, D, Q = n_streams, d_model, config.tables.d_mem
+        self.gate = config.gate
+        self.tables = NgramTables(config.tables, layer)
         self.w_value_DQ = nn.Parameter(torch.empty(D, Q))
         if self.gate != "none":
             self.w_key_MDQ = nn.Parameter(torch.empty(M, D, Q))
-            self.norm_query = RMSNorm(M, D, eps=config.norm_eps)
-            self.norm_key = RMSNorm(M, D, eps=config.norm_eps)
+            self.norm_query = RMSNorm(M, D, eps=norm_eps)
+            self.norm_key = RMSNorm(M, D, eps=norm_eps)
         self.conv = None
-        if engram.conv_kernel > 0:
-            self.norm_conv = RMSNorm(M, D, eps=config.norm_eps)
-            self.conv = ShortConvolution(M, D, engram.conv_kernel, dilation=max(engram.tables.ngram_orders))
+        if config.conv_kernel > 0:
+            self.norm_conv = RMSNorm(M, D, eps=norm_eps)
+            self.conv = ShortConvolution(M, D, config.conv_kernel, dilation=max(config.tables.ngram_orders))
 
-    def forward(self, h_BTMD: Tensor, rows_BTG: Tensor, documents_BT: Tensor | None) -> Tensor:
+    def forward(
+        self, h_BTMD: Tensor, rows_BTG: Tensor, documents_BT: Tensor | None, past: LayerState | None = None
+    ) -> Tensor:
         """Return what is added to every stream, [B, T, M, D].
 
         Args:
             h_BTMD: residual streams before attention; with `one_stream` the one state that attention reads.
             rows_BTG: row ids from `NgramHasher`.
-            documents_BT: document numbers that the convolution must not cross; None lets it.
+            documents_BT: document numbers that the convolution must not cross; None lets it. With a past, also of
+                the tokens before that the convolution reaches.
+            past: what was read before, where text comes in chunks.
         """
         # Eq. 1-2
         e_BTQ = self.tables(rows_BTG)
@@ -99,7 +119,12 @@ class Engram(nn.Module):
         # Eq. 5
         if self.conv is None:
             return u_BTMD
-        return F.silu(self.conv(self.norm_conv(u_BTMD), documents_BT)) + u_BTMD
+        x_BTMD = self.norm_conv(u_BTMD)
+        if past is None:
+            y_BTMD = self.conv(x_BTMD, documents_BT)
+        else:
+            y_BTMD = self.conv(past.with_inputs(x_BTMD), documents_BT)[:, -x_BTMD.shape[1] :]
+        return F.silu(y_BTMD) + u_BTMD
 
     def _gate(self, h_BTMD: Tensor, e_BTQ: Tensor) -> Tensor:
         """alpha [B, T, M, 1]."""

@@ -1,4 +1,4 @@
-"""python -m experiments {plan,data,launch,status,cancel,run}: from a budget's name to finished runs.
+"""python -m experiments {plan,data,launch,status,cancel,run,eval,speed,export}: from a name to runs and models.
 
 Suites and budgets are named in any order; `key=value` changes a budget for this call:
 
@@ -7,6 +7,8 @@ Suites and budgets are named in any order; `key=value` changes a budget for this
     python -m experiments launch allocation cpu-small seeds=[0] runtime.workers=1
     python -m experiments launch allocation gpu-small --on slurm --profile slurm/one-gpu.yaml
     python -m experiments status allocation cpu-small --watch
+    python -m experiments eval baselines cpu-small --tasks offline --data benchmarks
+    python -m experiments export r0123456789 models/engram
 
 Exit codes: 0 done, 1 a run failed, 2 a mistake in what was asked, 3 (run) or 130 (launch) interrupted and resumable.
 """
@@ -17,13 +19,18 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from experiments.commands import (
     command_cancel,
     command_data,
+    command_eval,
+    command_export,
     command_launch,
     command_plan,
     command_run,
+    command_speed,
     command_status,
 )
 from experiments.loading import budget_names
@@ -37,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,data,launch,status,cancel,run}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{plan,data,launch,status,cancel,run,eval,speed,export}"
+    )
 
     def add_words(command: argparse.ArgumentParser) -> None:
         suites, budgets = ", ".join(SUITES), ", ".join(budget_names())
@@ -96,6 +105,47 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", help="a directory that launch made")
     command.add_argument("--shards", required=True, help="the shard directory it was planned for")
     command.add_argument("words", nargs="*", metavar="key=value", help="runtime settings, such as threads=2")
+    command = add(
+        "eval",
+        command_eval,
+        "score a suite's finished runs on benchmarks with lm-evaluation-harness, each result once",
+        "eval baselines cpu-small --tasks offline --data benchmarks --text held-out",
+    )
+    add_words(command)
+    command.add_argument(
+        "--tasks",
+        default="small",
+        metavar="NAMES",
+        help="groups (small, offline, paper) or tasks, joined by commas (small)",
+    )
+    folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+    command.add_argument("--data", **folder, help="local benchmark files (experiments/local_tasks.py); else the hub")
+    command.add_argument("--text", **folder, help="held-out text for bits per byte, one file a domain")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first items of every task")
+    command.add_argument("--batch", type=int, default=32, metavar="N", help="sequences at once (32)")
+    command.add_argument("--dry-run", action="store_true", help="say what would be scored")
+    command = add(
+        "speed",
+        command_speed,
+        "measure prefill, decode and memory of a suite's finished runs",
+        "speed baselines cpu-small",
+    )
+    add_words(command)
+    for option, default, text in (
+        ("--batch", 8, "sequences at once"),
+        ("--prompt", 128, "tokens read at once"),
+        ("--new", 64, "tokens written one by one"),
+    ):
+        command.add_argument(option, type=int, default=default, metavar="N", help=f"{text} ({default})")
+    command = add(
+        "export",
+        command_export,
+        "write a finished run for transformers, code and all",
+        "export r0123456789 models/engram",
+    )
+    command.add_argument("run", metavar="RUN", help="a run's name or directory")
+    command.add_argument("target", metavar="DIR", help="the directory to write, which must not exist")
+    command.add_argument("words", nargs="*", metavar="key=value", help="runtime.runs_dir=PATH, runtime.data_dir=PATH")
     return parser
 
 

@@ -115,6 +115,25 @@ def load_tensors(folder: Path, step: int, team: Team, model: nn.Module, optimize
     tensors.take(state)
 
 
+def load_weights(folder: Path, model: nn.Module) -> State:
+    """Fill a whole model from the newest state, whatever number of processes wrote it; return the state's facts.
+
+    Raises:
+        UserError: there is no state, or it is damaged or of another model.
+        OSError: it could not be read, though nothing says that it is damaged.
+    """
+    facts = read_facts(folder)
+    if facts is None:
+        raise UserError(f"no checkpoint in {folder}: its weights were deleted; delete the run and launch it again")
+    source = _state_of(folder, facts["step"])
+    try:
+        with _quietly():
+            load({f"model.{name}": x for name, x in model.state_dict().items()}, checkpoint_id=source, no_dist=True)
+    except _ANY as error:
+        raise _unreadable(source, error) from error
+    return facts
+
+
 def newest(folder: Path) -> Path | None:
     """Directory of the newest whole state."""
     return max((path for path in folder.glob("step-*") if path.suffix != ".part"), default=None)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,8 +20,11 @@ from experiments.loading import load_runtime
 from experiments.plan import as_dicts, as_table, plan
 from experiments.pool import worker_flags
 from experiments.profiles import fit_runtime, load_profile
-from experiments.settings import UserError
+from experiments.settings import Runtime, UserError
 from experiments.study import parse_study, runs_with_data
+
+if TYPE_CHECKING:
+    from experiments.finished import Finished
 
 PROFILE_WORD = "slurm."  # begins a change to a profile, as in slurm.time=30
 
@@ -139,3 +145,79 @@ def command_run(args: argparse.Namespace) -> int:
     from experiments.worker import work
 
     return work(RunDir(Path(args.run_dir)), Path(args.shards), load_runtime(args.words))
+
+
+def command_export(args: argparse.Namespace) -> int:
+    """Write a finished run for use elsewhere."""
+    from experiments.export import export_run
+    from experiments.finished import open_finished
+
+    runtime = load_runtime([word.removeprefix("runtime.") for word in args.words])
+    given = Path(args.run)
+    path = given if given.is_dir() else Path(runtime.runs_dir) / args.run
+    print(export_run(open_finished(path, Path(runtime.data_dir)), Path(args.target)))
+    return 0
+
+
+def command_eval(args: argparse.Namespace) -> int:
+    """Score the finished runs of a suite on benchmarks."""
+    # Before anything imports tqdm: the command shows its own progress, and the harness would show one a request.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from experiments.benchmarks import choose
+    from experiments.evals import Asked, evaluate
+    from experiments.parallel import choose_device
+
+    benchmarks = choose([args.tasks])
+    for option, folder in (("--data", args.data), ("--text", args.text)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{option}: no folder {folder}")
+    if args.batch < 1 or (args.limit is not None and args.limit < 1):
+        raise UserError(f"--limit and --batch count from 1, not {args.limit} and {args.batch}")
+    runtime, finished = _finished_runs(args.words)
+    device = str(choose_device(runtime.device))
+    asked = Asked(benchmarks, args.data, args.text, args.limit, args.batch, device)
+    report = evaluate(finished, asked, dry_run=args.dry_run)
+    for name, why in report.skipped.items():
+        print(f"skipped {name}: {why}")
+    for busy in report.busy:
+        print(f"skipped, {busy}", file=sys.stderr)
+    print(f"{len(report.results)} results of {len(finished)} runs, {len(report.skipped)} benchmarks skipped")
+    return 1 if report.busy else 0
+
+
+def command_speed(args: argparse.Namespace) -> int:
+    """Measure how fast the finished runs of a suite read and write, and in how much memory."""
+    from experiments.parallel import choose_device
+    from experiments.speed import measure_all
+
+    if min(args.batch, args.prompt, args.new) < 1:
+        raise UserError(f"--batch, --prompt and --new count from 1, not {args.batch}, {args.prompt}, {args.new}")
+    runtime, finished = _finished_runs(args.words)
+    device = str(choose_device(runtime.device))
+    found = measure_all(finished, Path(runtime.data_dir), device, args.batch, args.prompt, args.new)
+    for run, row in zip(finished, found, strict=True):
+        labels = run.run.labels
+        print(
+            f"{labels.arm}{'' if labels.rho is None else f' rho {labels.rho:.2f}'} seed {run.run.spec.seed}: "
+            f"prefill {row['prefill_tokens_per_s']:,.0f} tokens/s, decode {row['decode_tokens_per_s']:,.0f} tokens/s, "
+            f"peak {row['peak_memory_bytes'] / 2**20:,.0f} MiB (weights {row['weights_bytes'] / 2**20:,.1f}, "
+            f"tables {row['tables_bytes'] / 2**20:,.1f}, past {row['state_bytes'] / 2**20:,.1f})"
+        )
+    return 0
+
+
+def _finished_runs(words: Sequence[str]) -> tuple[Runtime, list[Finished]]:
+    """The runs of a suite that ended well; others are counted on standard error."""
+    from experiments.finished import open_finished
+    from experiments.rundir import RunDir
+
+    study = parse_study(words)
+    runtime = study.budget.runtime
+    runs, _ = runs_with_data(study, build=False)
+    here = [RunDir(Path(runtime.runs_dir) / run.spec.run_id) for run in runs]
+    ended = [place for place in here if place.path.is_dir() and place.state() == "final"]
+    if not ended:
+        raise UserError(f"no run of {study.suite} on {study.budget.name} has finished: launch it first")
+    if len(ended) < len(here):
+        print(f"{len(here) - len(ended)} of {len(here)} runs have not finished, or diverged", file=sys.stderr)
+    return runtime, [open_finished(place.path, Path(runtime.data_dir)) for place in ended]

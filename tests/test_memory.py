@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_engram, tiny_tables
+from conftest import tiny_config, tiny_engram, tiny_model, tiny_tables
 from torch import Tensor, nn
 
 from engram.config import OverEncodingConfig
+from engram.counting import count_params
 from engram.memory import Engram, NgramTables, OverEncoding, ShortConvolution
 
 B, T, M, D, Q = 2, 17, 4, 32, 16
@@ -29,7 +30,7 @@ def fill(module: nn.Module, scale: float = 0.5) -> None:
 
 
 def engram_layer(n_streams: int = M, layer: int = 0, **changes: Any) -> Engram:
-    module = Engram(tiny_config(n_streams=n_streams, engram=tiny_engram(**changes)), layer)
+    module = Engram(tiny_engram(**changes), layer, d_model=D, n_streams=n_streams)
     fill(module)
     return module
 
@@ -243,14 +244,10 @@ def test_engram_without_gate_and_convolution_is_a_linear_map_of_the_rows() -> No
 
 
 def test_without_fusion_one_gate_serves_all_streams_and_counts_as_one() -> None:
-    from conftest import tiny_model
-
-    from engram.counting import count_params
-
     config = tiny_config(n_streams=M, engram=tiny_engram(one_stream=True))
-    module = Engram(config, 0)
-    assert module.w_key_MDQ.shape == (1, D, Q)
-    built = sum(p.numel() for p in tiny_model(config).parameters())
+    model = tiny_model(config)
+    assert model.get_parameter("blocks.0.engram.w_key_MDQ").shape == (1, D, Q)
+    built = sum(p.numel() for p in model.parameters())
     assert built == count_params(config).total
     fused = count_params(tiny_config(n_streams=M, engram=tiny_engram())).memory_module
     assert count_params(config).memory_module < fused

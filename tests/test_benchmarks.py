@@ -1,0 +1,214 @@
+"""If these fail, a table of benchmarks claims a difference that is none, hides one, or compares unlike things."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis.__main__ import main
+from analysis.baselines_table import baselines
+from analysis.benchmark_figure import draw, numbers, points
+from analysis.benchmarks import (
+    COLUMNS,
+    collect,
+    difference,
+    estimate,
+    holm,
+    items_of,
+    rank_correlation,
+    read_table,
+    score,
+)
+from analysis.collect import COLUMNS as RUN_COLUMNS
+from analysis.collect import write_table
+from analysis.errors import BadFile
+
+ARMS = {"dense": None, "allocation": 1.0, "engram": 0.8, "engram-large": 0.8}
+
+
+def runs_table(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
+    rows = []
+    for arm, rho in ARMS.items():
+        for seed in seeds:
+            row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS)
+            row |= {"run_id": f"r{arm}{seed}", "status": "final", "budget": "tiny", "mode": "paper", "seed": seed}
+            row |= {"arm": "allocation" if arm == "engram" else arm, "rho": rho, "data": "d", "schema": 1, "steps": 10}
+            row |= {"P_tot": 1000, "P_act": 100, "P_engram": 0, "flops_per_token": 600.0, "train_tokens": 5000}
+            row |= {"valid_loss": 3.0 + seed + 0.1 * len(arm), "valid_bpb": 2.0 + 0.01 * seed}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=list(RUN_COLUMNS)).astype(dict(RUN_COLUMNS))
+
+
+def results_table(shares: dict[str, float], seeds: tuple[int, ...] = (0, 1), n: int = 400) -> pd.DataFrame:
+    """One benchmark of two choices; the arms answer the same items, right where a hidden ease is below a share."""
+    ease = np.random.default_rng(0).uniform(size=n)
+    rows = []
+    for arm, share in shares.items():
+        for seed in seeds:
+            right = (ease + np.random.default_rng(seed + 1).uniform(-0.01, 0.01, n) < share).astype(int)
+            row: dict[str, Any] = dict.fromkeys(COLUMNS)
+            row |= {"run_id": f"r{arm}{seed}", "benchmark": "blimp", "shots": 0, "metric": "acc", "chance": 0.5, "n": n}
+            row |= {"value": right.mean(), "items": "".join(map(str, right)), "harness": "h", "version": "1"}
+            rows.append(row | {"data": "x", "items_id": "y", "seq_len": 64, "truncated": 0})
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict(COLUMNS))
+
+
+def test_with_one_seed_the_interval_is_that_of_a_paired_t_test() -> None:
+    rng = np.random.default_rng(1)
+    one, other = (rng.integers(0, 2, 200).astype(float) for _ in range(2))
+    found = estimate([float((one - other).mean())], [one - other])
+    expected = stats.ttest_rel(one, other)
+    interval = expected.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(expected.pvalue)
+
+
+def test_without_items_the_interval_is_that_of_the_seeds() -> None:
+    values = [0.3, 0.1, 0.25, 0.2]
+    found, expected = estimate(values, None), stats.ttest_1samp(values, 0.0)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert estimate([0.3], None).low is None
+
+
+def test_intervals_over_items_and_seeds_cover() -> None:
+    """Three seeds with noise of their own and 300 shared items: 95 percent intervals hold the truth as often."""
+    rng, hits, draws = np.random.default_rng(0), 0, 1500
+    for _ in range(draws):
+        item = rng.normal(0, 0.5, 300)
+        seeds = [0.1 + rng.normal(0, 0.03) + item + rng.normal(0, 0.3, 300) for _ in range(3)]
+        found = estimate([float(s.mean()) for s in seeds], seeds)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= 0.1 <= found.high
+    assert 0.94 < hits / draws <= 1.0
+
+
+def test_pairing_takes_out_what_the_items_have_in_common() -> None:
+    table = results_table({"engram": 0.70, "allocation": 0.66})
+    table["seed"] = table["run_id"].str[-1].astype(int)
+    ours, theirs = (table[table["run_id"].str.startswith(f"r{arm}")] for arm in ("engram", "allocation"))
+    paired, alone = difference(ours, theirs), score(ours)
+    assert paired is not None
+    assert paired.stderr is not None
+    assert alone.stderr is not None
+    assert paired.stderr < 0.6 * alone.stderr
+    assert difference(ours[ours["seed"] == 0], theirs[theirs["seed"] == 1]) is None
+
+
+def test_holms_correction_is_the_textbooks() -> None:
+    """Holm 1979: 0.01, 0.04, 0.03 become 0.03, 0.06, 0.06."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_rank_correlation_and_when_there_is_none() -> None:
+    found = rank_correlation([1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 1, 2])
+    assert found is not None
+    r, low, high = found
+    assert r == pytest.approx(stats.spearmanr(range(8), [8, 7, 6, 5, 4, 3, 1, 2]).statistic)
+    assert -1 < low < r < high < 0
+    perfect = rank_correlation([1, 2, 3, 4], [8, 7, 6, 5])
+    assert perfect is not None
+    assert perfect[0] == perfect[1] == -1
+    assert perfect[2] > 0.5  # four points in order show next to nothing
+    assert rank_correlation([1, 2, 3], [1, 2, 3]) is None
+    assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
+
+
+def test_the_table_says_what_differs_what_is_at_chance_and_how_many_were_compared() -> None:
+    shares = {"dense": 0.5, "allocation": 0.8, "engram": 0.8, "engram-large": 0.9}
+    text = baselines("tiny", runs_table(), results_table(shares))
+    assert text is not None
+    (line,) = [line for line in text.splitlines() if line.startswith("| blimp") and "0.5000" in line]
+    _, _, chance, dense, moe, engram, large, _ = (cell.strip() for cell in line.split("|"))
+    assert chance == "0.5000"
+    assert "_at chance_" in dense
+    assert not any("chance" in cell for cell in (moe, engram, large))
+    (line,) = [line for line in text.splitlines() if line.startswith("| blimp") and ", p " in line]
+    _, _, dense, engram, large, _ = (cell.strip() for cell in line.split("|"))
+    assert dense.startswith("**-0.")
+    assert large.startswith("**+0.")
+    assert not engram.startswith("**")
+    assert "over all 9 comparisons" in text
+    assert "Tiny models" in text
+
+
+def test_other_items_are_another_benchmark() -> None:
+    part, whole = results_table({"allocation": 0.8, "engram": 0.8}), results_table({"allocation": 0.8, "engram": 0.8})
+    part["limit"], part["items_id"] = 400, "z"
+    text = baselines("tiny", runs_table(), pd.concat([part, whole]))
+    assert text is not None
+    assert "first 400 items of each task" in text
+    assert len([line for line in text.splitlines() if line.startswith("| blimp")]) == 4
+
+
+def test_a_study_without_the_large_engram_has_no_such_table() -> None:
+    runs = runs_table()
+    assert baselines("tiny", runs[runs["arm"] != "engram-large"], results_table({})) is None
+
+
+def test_the_figure_shows_the_sweep_alone() -> None:
+    chosen = points(runs_table(), results_table({"dense": 0.5, "allocation": 0.8, "engram": 0.7}))
+    assert set(chosen["rho"]) == {1.0, 0.8}
+    found = numbers("tiny", chosen)["benchmarks"][0]
+    assert [point["rho"] for point in found["points"]] == [0.8, 0.8, 1.0, 1.0]
+    assert found["rank_correlation"] is not None
+    assert len(draw("tiny", chosen).axes) == 3
+
+
+def write_result(folder: Path, run: str = "r0", **changes: Any) -> Path:
+    result = {
+        "run_id": run, "benchmark": "blimp", "shots": 0, "metric": "acc", "chance": 0.5, "n": 4, "limit": None,
+        "seq_len": 8, "harness": "h", "version": "1", "data": "d", "items_id": "i", "truncated": 0,
+        "metrics": {"acc": {"value": 0.5, "stderr": 0.29}},
+        "items": {"acc": {"blimp_b": "10", "blimp_a": "01"}},
+    }  # fmt: skip
+    (path := folder / run / "evals" / "blimp.json").parent.mkdir(parents=True)
+    path.write_text(json.dumps(result | changes))
+    return path
+
+
+def test_results_are_collected_and_read_back_as_they_were(tmp_path: Path) -> None:
+    """Items in the order of their tasks' names, zeros in front included."""
+    write_result(tmp_path)
+    table = collect(tmp_path)
+    assert table["items"].tolist() == ["0110"]
+    write_table(table, tmp_path / "benchmarks.csv")
+    pd.testing.assert_frame_equal(read_table(tmp_path / "benchmarks.csv"), table)
+    items = items_of("0110")
+    assert items is not None
+    assert items.tolist() == [0, 1, 1, 0]
+    assert collect(tmp_path / "nothing").empty
+    assert read_table(tmp_path / "nothing.csv").empty
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run_id": "r9"}, "is of run r9"),
+        ({"metric": "f1"}, "no result of a benchmark"),
+        ({"items": None}, "no result"),
+    ],
+)
+def test_what_is_no_result_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    write_result(tmp_path, **changes)
+    with pytest.raises(BadFile, match=said):
+        collect(tmp_path)
+
+
+def test_the_commands_write_table_and_figure(tmp_path: Path) -> None:
+    write_table(runs_table(), tmp_path / "runs.csv")
+    write_table(results_table({"dense": 0.5, "allocation": 0.8, "engram": 0.7}), tmp_path / "benchmarks.csv")
+    words = ["--table", str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]
+    assert main(["tables", *words]) == main(["figures", *words]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("tiny_b*")} == {
+        "tiny_baselines.md", "tiny_benchmarks.json", "tiny_benchmarks.pdf", "tiny_benchmarks.png"
+    }  # fmt: skip
