@@ -107,7 +107,7 @@ def _figures(args: argparse.Namespace) -> None:
                 print(path)
             if drawn.caption:
                 print(drawn.caption)
-    _draw_benchmarks(args)
+        _draw_benchmarks(dossier, args)
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -126,6 +126,7 @@ def _tables(args: argparse.Namespace) -> None:
                 text = points(runs, dossier.warning)
             write_atomically(path, text)
             print(path)
+        _write_table_1(dossier, args)
 
 
 def _claims(args: argparse.Namespace) -> None:
@@ -155,34 +156,30 @@ def _report(args: argparse.Namespace) -> None:
         path = args.out / f"{dossier.name}_report.html"
         write_atomically(path, page(dossier))
         print(path)
-    _write_baselines(args)
 
 
-def _write_baselines(args: argparse.Namespace) -> None:
+def _write_table_1(dossier: Dossier, args: argparse.Namespace) -> None:
     from analysis.baselines_table import baselines
-    from analysis.benchmarks import read_table as read_benchmarks
-    from analysis.collect import read_table, write_atomically
-    from analysis.study import split
+    from analysis.benchmarks import read_table
+    from analysis.collect import write_atomically
 
-    results = read_benchmarks(_benchmarks_beside(args.table))
-    for name, rows in split(read_table(args.table), args.budget).items():
-        if (text := baselines(name, rows, results)) is not None:
-            write_atomically(path := args.out / f"{name}_baselines.md", text)
-            print(path)
+    results = read_table(_benchmarks_beside(args.table))
+    if (text := baselines(dossier.name, dossier.of_one_backbone, results)) is not None:
+        write_atomically(path := args.out / f"{dossier.name}_table1.md", text)
+        print(path)
 
 
-def _draw_benchmarks(args: argparse.Namespace) -> None:
+def _draw_benchmarks(dossier: Dossier, args: argparse.Namespace) -> None:
     from analysis.benchmark_figure import draw, numbers, points
-    from analysis.benchmarks import read_table as read_benchmarks
-    from analysis.collect import read_table
+    from analysis.benchmarks import read_table
     from analysis.figures import save
-    from analysis.study import split
 
-    results = read_benchmarks(_benchmarks_beside(args.table))
-    for name, rows in split(read_table(args.table), args.budget).items():
-        if not (chosen := points(rows, results)).empty:
-            for path in save(draw(name, chosen), numbers(name, chosen), args.out / f"{name}_benchmarks"):
-                print(path)
+    chosen = points(dossier.of_one_backbone, read_table(_benchmarks_beside(args.table)))
+    if not chosen.empty:
+        for path in save(
+            draw(dossier.name, chosen), numbers(dossier.name, chosen), args.out / f"{dossier.name}_benchmarks"
+        ):
+            print(path)
 
 
 def _dossiers(args: argparse.Namespace) -> Iterator[Dossier]:

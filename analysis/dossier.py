@@ -43,6 +43,12 @@ class Dossier:
         return pd.concat([runs.rows for runs in self.suites.values()], ignore_index=True)
 
     @property
+    def of_one_backbone(self) -> pd.DataFrame:
+        """Rows of `allocation` and `baselines`, each run once: they may be compared, whichever suite trained them."""
+        parts = [runs.rows for suite, runs in self.suites.items() if suite in (ALLOCATION, "baselines")]
+        return pd.concat(parts, ignore_index=True).drop_duplicates("run_id") if parts else self.rows[:0]
+
+    @property
     def n_seeds(self) -> int:
         return max(runs.n_seeds for runs in self.suites.values())
 

@@ -45,7 +45,7 @@ def test_one_minute_of_baselines_is_trained_exported_scored_and_tabled(tmp_path:
     call("analysis", "collect", "--runs", str(tmp_path / "runs"), *table)
     call("analysis", "tables", *table, "--out", str(tmp_path))
     call("analysis", "figures", *table, "--out", str(tmp_path))
-    text = (tmp_path / "cpu-smoke_baselines.md").read_text()
+    text = (tmp_path / "cpu-smoke_table1.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("| blimp") and "| 0.5000 |" in line]
     assert len(line.split("|")) == 8
     assert "-" not in [cell.strip() for cell in line.split("|")]

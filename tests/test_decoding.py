@@ -17,6 +17,7 @@ from engram.transformer import Transformer
 ARMS = CONFIGS | {
     "random lookups": tiny_config(engram=tiny_engram(tables=tiny_tables(lookup="random"))),
     "windows cross documents": tiny_config(engram=tiny_engram(tables=tiny_tables(stop_at_documents=False))),
+    "without fusion, four streams": tiny_config(engram=tiny_engram(one_stream=True), n_streams=4),
     "order five, four streams": tiny_config(engram=tiny_engram(tables=tiny_tables(ngram_orders=(2, 5))), n_streams=4),
 }
 B, T = 3, 31
