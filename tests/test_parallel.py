@@ -100,9 +100,8 @@ def assert_same_curve(one: RunDir, other: RunDir) -> None:
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5 if early else 1e-2)
 
 
-@pytest.mark.parametrize(
-    "arm", ["engram", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ARMS if arm != "engram")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ARMS)
 def test_two_processes_give_the_curve_of_one(arm: str, shards: Shards, tmp_path: Path) -> None:
     """With two micro-batches a process, so that accumulation is exchanged once, and a last validation batch of one."""
     run = study_run(shards, eval_every=3, eval_tokens=64 * 7, **ARMS[arm])
