@@ -70,7 +70,8 @@ def _row(result: Result) -> str:
     part = result.part
     target = "-" if math.isinf(part.target) else f"{'at least' if part.at_least else 'at most'} {part.target:g}"
     if (peer := result.best_peer) is None:
-        return f"| {part.name} | {part.what} | not run | {'; '.join(result.missing.values())} | {target} | - |"
+        why = "; ".join(result.missing.values()) or "no peer's outputs agree with ours"
+        return f"| {part.name} | {part.what} | no ratio | {why} | {target} | - |"
     ratios = result.ratios(peer)
     median = statistics.median(ratios)
     met = "-" if math.isinf(part.target) else _met(median >= part.target if part.at_least else median <= part.target)
