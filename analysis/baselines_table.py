@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.benchmarks import SAME, Estimate, difference, estimate, holm, score
+from analysis.benchmarks import SAME, Estimate, difference, estimate, score
+from analysis.compare import holm
 from analysis.style import count
 
 ALPHA = 0.05

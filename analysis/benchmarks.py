@@ -150,16 +150,6 @@ def difference(arm: pd.DataFrame, reference: pd.DataFrame) -> Estimate | None:
     return estimate(values, items if len(items) == len(pairs) else None)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) correction: p values that hold for all comparisons at once."""
-    order = np.argsort(p_values, kind="stable")
-    corrected, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[int(index)] = running
-    return corrected
-
-
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float] | None:
     """Spearman's correlation and its interval by Fisher's z with the variance of Bonett and Wright (2000).
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.inputs import zipf_tokens
 from benchmarks.rounds import Contender, Part
 from engram.config import EngramConfig, TableConfig
 from engram.hashing import HashSpec, NgramHasher
@@ -66,9 +67,7 @@ class _Work:
         s = self.shape
         generator = torch.Generator().manual_seed(0)
         h, direction = (torch.randn(s.B, s.T, s.M, s.D, generator=generator) for _ in range(2))
-        # Zipf's law with exponent 1, as words have it: n-grams repeat as they do in text.
-        zipf_V = 1 / torch.arange(1, VOCAB, dtype=torch.float64)
-        tokens = 1 + torch.multinomial(zipf_V, s.B * s.T, replacement=True, generator=generator).view(s.B, s.T)
+        tokens = zipf_tokens(VOCAB, s.B, s.T)
         return h.to(self.device, self.dtype), tokens.to(self.device), direction.to(self.device, self.dtype)
 
     def build_theirs(self) -> Any:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.model_step import CLIP, LR, Shape
+from benchmarks.inputs import zipf_tokens
+from benchmarks.model_step import LR, Shape, training_step
 from benchmarks.rounds import Contender, Part
 from engram.config import EngramConfig, ModelConfig, OptimConfig, TableConfig
 from engram.initialise import init_weights
@@ -105,10 +106,7 @@ class _Steps:
         self.losses: list[Tensor] = []
 
     def batch(self, step: int) -> Tensor:
-        zipf_V = 1 / torch.arange(1, self.shape.V, dtype=torch.float64)
-        generator = torch.Generator().manual_seed(step)
-        draws = torch.multinomial(zipf_V, self.shape.B * (self.shape.T + 1), replacement=True, generator=generator)
-        return (1 + draws).view(self.shape.B, self.shape.T + 1)
+        return zipf_tokens(self.shape.V, self.shape.B, self.shape.T + 1, seed=step)
 
     def rows(self, step: int) -> list[Tensor]:
         return self.model.look_ups(self.batch(step)[:, :-1].to(self.device))[0]
@@ -122,13 +120,7 @@ class _Steps:
             following = self.step + 1
             stored.prefetch(lambda: self.rows(following))
         ids = self.batch(self.step).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.model(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        self.optimizers.clip(CLIP)
-        self.optimizers.step(1.0)
-        self.optimizers.zero_grad()
-        self.losses.append(loss.detach())
+        self.losses.append(training_step(self.model, self.optimizers, ids))
         self.step += 1
 
     def contender(self) -> Contender:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inputs import zipf_tokens
 from benchmarks.rounds import Contender, Part
 from engram.allocation import allocate
 from engram.config import EngramConfig, GQAConfig, ModelConfig, MoEConfig, OptimConfig, TableConfig
 from engram.counting import count_params, train_flops_per_token
 from engram.initialise import init_weights
-from engram.optim import build_optimizers, needs_sparse_grad, update_router_biases
+from engram.optim import Optimizers, build_optimizers, needs_sparse_grad, update_router_biases
 from engram.transformer import Transformer
 
 LR, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 1.0
@@ -122,18 +123,24 @@ def _ours(config: ModelConfig, optim: OptimConfig, shape: Shape, device: torch.d
     model.set_sparse_tables(needs_sparse_grad(optim))
     init_weights(model, seed=0)
     optimizers = build_optimizers(model, optim)
-    ids = _tokens(shape, device)
+    ids = zipf_tokens(shape.V, shape.B, shape.T + 1).to(device)
 
     def run() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        optimizers.clip(CLIP)
-        optimizers.step(1.0)
-        optimizers.zero_grad()
+        training_step(model, optimizers, ids)
         update_router_biases(model, optim.router_bias_gamma)
 
     return Contender(run)
+
+
+def training_step(model: Transformer, optimizers: Optimizers, ids: Tensor) -> Tensor:
+    """Forward, backward, clipping and update as the studies do them; return the loss."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        loss: Tensor = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    optimizers.clip(CLIP)
+    optimizers.step(1.0)
+    optimizers.zero_grad()
+    return loss.detach()
 
 
 def _olmoe(shape: Shape, device: torch.device) -> Contender:
@@ -157,7 +164,7 @@ def _olmoe(shape: Shape, device: torch.device) -> Contender:
     model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     forward: Callable[..., object] = torch.compile(model) if device.type == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-    ids = _tokens(shape, device)[:, :-1]
+    ids = zipf_tokens(shape.V, shape.B, shape.T).to(device)
 
     def run() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -168,11 +175,3 @@ def _olmoe(shape: Shape, device: torch.device) -> Contender:
         optimizer.zero_grad(set_to_none=True)
 
     return Contender(run)
-
-
-def _tokens(shape: Shape, device: torch.device) -> Tensor:
-    """Token ids [B, T + 1] by Zipf's law, without a document's beginning."""
-    zipf_V = 1 / torch.arange(1, shape.V, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.multinomial(zipf_V, shape.B * (shape.T + 1), replacement=True, generator=generator)
-    return (1 + draws).view(shape.B, shape.T + 1).to(device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.inputs import zipf
 from benchmarks.rounds import Contender, Part
 from engram.config import TableConfig
 from engram.memory import NgramTables
@@ -56,9 +57,8 @@ class _Work:
 
     def lookups(self, n_rows: int) -> Tensor:
         """The same draws for every table: rows of the small one, moved apart to fill the large one."""
-        zipf_S = 1 / torch.arange(1, SMALL + 1, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
-        ranks = torch.multinomial(zipf_S, LOOKUPS, replacement=True, generator=generator)
+        ranks = zipf(SMALL, LOOKUPS, generator)
         places_S = torch.randperm(SMALL, generator=generator)  # a hash scatters common rows
         return (places_S[ranks] * (n_rows // SMALL)).to(self.device)
 

@@ -27,8 +27,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Shard
 
+from engram.hashing import HashSpec
 from engram.optim import Optimizers
 from engram.sharding import ShardedTables
+from engram.transformer import Transformer
 from experiments.parallel import Team
 from experiments.settings import UserError
 
@@ -132,6 +134,19 @@ def load_weights(folder: Path, model: nn.Module) -> State:
     except _ANY as error:
         raise _unreadable(source, error) from error
     return facts
+
+
+def check_hash(folder: Path, facts: State, model: Transformer) -> None:
+    """Refuse tables that were trained with another hash.
+
+    Raises:
+        UserError: names the part that differs.
+    """
+    if model.hash_spec is not None:
+        try:
+            model.hash_spec.check_same(HashSpec.from_state(facts["hash_spec"]))
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
 
 
 def newest(folder: Path) -> Path | None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engram.hashing import HashSpec, compress_vocabulary
+from engram.hashing import compress_vocabulary
 from engram.transformer import Transformer
-from experiments.checkpoint import load_weights
+from experiments.checkpoint import check_hash, load_weights
 from experiments.rundir import RunDir
 from experiments.settings import Run, UserError
 from experiments.shards import Shards
@@ -74,9 +74,5 @@ def _load_model(run: Run, run_dir: RunDir, shards: Shards) -> Transformer:
     facts = load_weights(folder, model)
     if facts["run_id"] != run.spec.run_id or facts["step"] != run.spec.train.steps:
         raise UserError(f"{folder} holds step {facts['step']} of run {facts['run_id']}, not the end of this one")
-    if model.hash_spec is not None:
-        try:
-            model.hash_spec.check_same(HashSpec.from_state(facts["hash_spec"]))
-        except ValueError as error:
-            raise UserError(f"{folder}: {error}") from error
+    check_hash(folder, facts, model)
     return model.eval()

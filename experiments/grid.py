@@ -7,7 +7,7 @@ The defaults are the whole grid; a budget that cannot afford it takes fewer poin
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Ablation = Literal[
     "no-fusion",
@@ -41,20 +41,7 @@ class Grid:
     """The same of `layers` and `ablation` (the paper's 1.6B parameters are 10)."""
     layers: tuple[int, ...] = ()
     """Layers of the single Engram of `layers`, counted from 0; empty takes every layer."""
-    ablations: tuple[Ablation, ...] = (
-        "no-fusion",
-        "no-compression",
-        "no-gate",
-        "no-conv",
-        "plus-4-grams",
-        "plain-gate",
-        "half-heads",
-        "double-heads",
-        "table-lr",
-        "dense-adam",
-        "rowwise-adam",
-        "cross-documents",
-    )
+    ablations: tuple[Ablation, ...] = get_args(Ablation)
     """Variants of `ablation` beside its reference; the first five are the paper's."""
     table_lr_mults: tuple[float, ...] = (1.0, 2.5, 10.0)
     """Values of optim.table_lr_mult in the variant `table-lr`."""

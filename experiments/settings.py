@@ -131,6 +131,23 @@ class Runtime:
     """Tokens of one forward and backward of one process; 0 takes all of its share of the step's batch."""
     checkpoint_every_s: float = 60.0
 
+    def check_tables(self, optim: OptimConfig, processes: int) -> None:
+        """Whether tables can be stored as asked.
+
+        Raises:
+            UserError: several processes, or an optimiser that moves every row.
+        """
+        if processes > 1 and (self.table_device == "cpu" or optim.table_dtype is not None):
+            raise UserError(
+                f"runtime.table_device={self.table_device} and optim.table_dtype={optim.table_dtype} take one process: "
+                "several split the tables among them, so leave both out or set runtime.processes=1"
+            )
+        if self.table_device == "cpu" and optim.tables == "dense":
+            raise UserError(
+                "runtime.table_device=cpu takes train.optim.tables=lazy or rowwise: dense moves every row at each step "
+                "(the ablation `dense-adam` is left out with grid.ablations=[...])"
+            )
+
     def micro_sequences(self, train: TrainConfig, processes: int) -> int:
         """Sequences of one forward pass of one of `processes`.
 

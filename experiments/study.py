@@ -61,8 +61,9 @@ def runs_with_data(study: Study, *, build: bool) -> tuple[list[Run], Path]:
     from experiments.corpus import find, prepare
     from experiments.shards import Shards, check_vocab, valid_batches
 
-    study.planned()  # an impossible grid is refused before a corpus is read
     budget, data_dir = study.budget, Path(study.budget.runtime.data_dir)
+    for run in study.planned():  # an impossible grid is refused before a corpus is read
+        budget.runtime.check_tables(run.spec.train.optim, budget.runtime.processes)
     train = budget.train
     budget.runtime.micro_sequences(train, budget.runtime.processes)
     path = prepare(budget.data, data_dir) if build else find(budget.data, data_dir)

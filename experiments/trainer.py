@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.hashing import HashSpec, compress_vocabulary
+from engram.hashing import compress_vocabulary
 from engram.initialise import init_weights
 from engram.optim import build_optimizers, needs_sparse_grad, update_router_biases
 from engram.schedule import lr_factor
 from engram.stored_tables import store_tables
 from engram.transformer import Transformer
-from experiments.checkpoint import load_tensors, read_facts, save_checkpoint
+from experiments.checkpoint import check_hash, load_tensors, read_facts, save_checkpoint
 from experiments.evaluate import validate
 from experiments.parallel import Team
 from experiments.settings import RunSpec, Runtime, UserError
@@ -76,16 +76,11 @@ class Trainer:
         """Length of the metrics written up to this step."""
 
     def _store_tables(self, runtime: Runtime) -> None:
-        dtype = torch.bfloat16 if self.spec.train.optim.table_dtype == "bf16" else torch.float32
+        optim = self.spec.train.optim
+        runtime.check_tables(optim, self.team.size)
+        dtype = torch.bfloat16 if optim.table_dtype == "bf16" else torch.float32
         if runtime.table_device == "same" and dtype == torch.float32:
             return
-        if self.team.size > 1:
-            raise UserError(
-                f"runtime.table_device={runtime.table_device} and table_dtype={self.spec.train.optim.table_dtype} take "
-                "one process: several split the tables among them, so leave both out or set runtime.processes=1"
-            )
-        if not needs_sparse_grad(self.spec.train.optim):
-            raise UserError("runtime.table_device=cpu takes train.optim.tables=lazy or rowwise: dense moves every row")
         store = torch.device("cpu") if runtime.table_device == "cpu" else self.device
         store_tables(self.model, store, dtype)
 
@@ -118,11 +113,7 @@ class Trainer:
             return False
         if facts["run_id"] != self.spec.run_id:
             raise UserError(f"{folder} belongs to run {facts['run_id']}: delete it to train from the start")
-        if self.model.hash_spec is not None:
-            try:
-                self.model.hash_spec.check_same(HashSpec.from_state(facts["hash_spec"]))
-            except ValueError as error:
-                raise UserError(f"{folder}: {error}") from error
+        check_hash(folder, facts, self.model)
         load_tensors(folder, facts["step"], self.team, self.model, self.optimizers)
         self.step, self.metrics_bytes = facts["step"], facts["metrics_bytes"]
         return True

@@ -19,7 +19,6 @@ from analysis.benchmarks import (
     collect,
     difference,
     estimate,
-    holm,
     items_of,
     rank_correlation,
     read_table,
@@ -100,13 +99,6 @@ def test_pairing_takes_out_what_the_items_have_in_common() -> None:
     assert alone.stderr is not None
     assert paired.stderr < 0.6 * alone.stderr
     assert difference(ours[ours["seed"] == 0], theirs[theirs["seed"] == 1]) is None
-
-
-def test_holms_correction_is_the_textbooks() -> None:
-    """Holm 1979: 0.01, 0.04, 0.03 become 0.03, 0.06, 0.06."""
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_rank_correlation_and_when_there_is_none() -> None:

@@ -66,6 +66,7 @@ def test_one_seed_gives_values_without_intervals_or_p() -> None:
 def test_holm_equals_its_definition() -> None:
     """Holm 1979, table 1's recipe by hand: 0.01 * 4, 0.02 * 3, 0.03 * 2 kept rising, 0.9."""
     assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
     assert holm([0.8, 0.9]) == [1.0, 1.0]
 

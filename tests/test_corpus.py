@@ -1,6 +1,6 @@
-"""If these fail, shards are not what the manifest says, held-out text leaks into training, or a resumed run differs.
+"""If these fail, shards are not what the manifest says, or held-out text leaks into training.
 
-Covers experiments.corpus (building) and experiments.shards (reading).
+Reading them is in test_shards.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer
 from experiments import corpus
 from experiments.corpus import _Sample, find, prepare
 from experiments.settings import DataConfig, UserError
-from experiments.shards import Shards, TrainOrder, check_vocab, valid_batches
+from experiments.shards import Shards
 
 VOCAB = 300
 SPECIAL = "<|bos|> <|eos|> <|pad|>"
@@ -67,9 +66,6 @@ def decoded(shards: Shards, split: str) -> list[str]:
 
 def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
-
-
-# Building
 
 
 def test_two_builds_are_equal_to_the_byte(source: Path, tmp_path: Path) -> None:
@@ -351,126 +347,6 @@ def test_a_directory_without_manifest_is_refused_and_kept(source: Path, tmp_path
     with pytest.raises(UserError, match="delete that directory"):
         prepare(config(source), tmp_path / "data")
     assert (path / "train.bin").exists()
-
-
-# Reading
-
-
-def edit_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def cut(path: Path) -> None:
-    (path / "train.bin").write_bytes((path / "train.bin").read_bytes()[:-2])
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        cut,
-        lambda path: (path / "valid.bin").unlink(),
-        lambda path: edit_manifest(path, lambda m: m.update(dtype="uint32")),
-        lambda path: edit_manifest(path, lambda m: m["splits"]["train"].update(tokens=7)),
-    ],
-    ids=["truncated", "missing file", "other dtype", "other count"],
-)
-def test_shards_that_do_not_fit_their_manifest_are_refused_with_the_remedy(
-    shards: Shards, harm: Callable[[Path], None]
-) -> None:
-    harm(shards.path)
-    with pytest.raises(UserError, match=r"bytes instead of .*: delete .* and run `python -m experiments data` again"):
-        Shards(shards.path)
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "{}"])
-def test_a_missing_or_broken_manifest_is_refused(shards: Shards, text: str | None) -> None:
-    (shards.path / "manifest.json").unlink()
-    if text is not None:
-        (shards.path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="no shards in"):
-        Shards(shards.path)
-
-
-@pytest.mark.parametrize("name", ["train.bin", "valid.bin", "tokenizer.json", "token_bytes.npy"])
-def test_verifying_finds_one_flipped_bit(shards: Shards, name: str) -> None:
-    shards.verify()
-    raw = bytearray((shards.path / name).read_bytes())
-    raw[len(raw) // 2] ^= 1
-    (shards.path / name).write_bytes(raw)
-    with pytest.raises(UserError, match=name):
-        Shards(shards.path).verify()
-
-
-def test_the_hash_follows_what_decides_the_tokens_and_nothing_else(shards: Shards) -> None:
-    edit_manifest(shards.path, lambda m: m.update(corpus="elsewhere", made_with={"python": "4"}, sources=[]))
-    assert Shards(shards.path).hash == shards.hash
-    edit_manifest(shards.path, lambda m: m["splits"]["valid"].update(sha256="0" * 64))
-    assert Shards(shards.path).hash != shards.hash
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(shards: Shards) -> None:
-    check_vocab(shards, VOCAB)
-    with pytest.raises(UserError, match=f"backbone.vocab_size={VOCAB}"):
-        check_vocab(shards, VOCAB - 1)
-
-
-def test_a_batch_is_a_pure_function_of_the_step(shards: Shards) -> None:
-    order = TrainOrder(shards, 16, seed=3)
-    boundary = order.n_samples // 8  # this batch spans two epochs
-    in_order = [order.batch(step, 8) for step in range(2 * boundary + 2)]
-    np.random.seed(1)  # noqa: NPY002  the global state must not matter
-    for step in (2 * boundary + 1, 0, boundary, boundary + 1, 5):
-        np.testing.assert_array_equal(TrainOrder(shards, 16, seed=3).batch(step, 8), in_order[step])
-    for step in (boundary, 3):
-        np.testing.assert_array_equal(order.batch(step, 8), in_order[step])
-
-
-def test_batches_of_another_size_take_the_same_samples(shards: Shards) -> None:
-    order = TrainOrder(shards, 16, seed=3)
-    np.testing.assert_array_equal(order.batch(5, 8), np.concatenate([order.batch(step, 4) for step in (10, 11)]))
-
-
-def test_an_epoch_takes_every_sample_once_and_the_next_in_another_order(shards: Shards) -> None:
-    T, stream = 16, np.asarray(shards.tokens("train"), dtype=np.int64)
-    order = TrainOrder(shards, T, seed=0)
-    n = (len(stream) - 1) // T
-    expected = sorted(tuple(stream[i * T : i * T + T + 1].tolist()) for i in range(n))
-    epochs = [order.batch(epoch, n) for epoch in range(2)]
-    for rows in epochs:
-        assert rows.shape == (n, T + 1)
-        assert rows.dtype == np.int64
-        assert sorted(map(tuple, rows.tolist())) == expected
-    assert not np.array_equal(*epochs)
-    assert order.epochs(3 * n * T) == 3.0
-
-
-def test_the_order_depends_on_the_seed_and_on_the_data(shards: Shards, tmp_path: Path) -> None:
-    first = TrainOrder(shards, 16, seed=0)
-    assert not np.array_equal(first.batch(0, 50), TrainOrder(shards, 16, seed=1).batch(0, 50))
-    edit_manifest(shards.path, lambda m: m["splits"]["valid"].update(sha256="0" * 64))
-    assert not np.array_equal(first.batch(0, 50), TrainOrder(Shards(shards.path), 16, seed=0).batch(0, 50))
-
-
-def test_a_sequence_longer_than_the_data_is_refused(shards: Shards) -> None:
-    with pytest.raises(UserError, match="less than one sequence"):
-        TrainOrder(shards, 10**9, seed=0)
-
-
-def test_validation_is_always_the_head_of_its_split(shards: Shards) -> None:
-    batches = valid_batches(shards, 330, 32, 4)
-    assert [batch.shape for batch in batches] == [(4, 33), (4, 33), (2, 33)]
-    stream = np.asarray(shards.tokens("valid"), dtype=np.int64)
-    np.testing.assert_array_equal(np.concatenate([b[:, :-1] for b in batches]).ravel(), stream[:320])
-    np.testing.assert_array_equal(np.concatenate([b[:, 1:] for b in batches]).ravel(), stream[1:321])
-
-
-def test_too_short_a_validation_split_is_refused_with_what_is_possible(shards: Shards) -> None:
-    possible = (len(shards.tokens("valid")) - 1) // 32 * 32
-    assert sum(batch[:, 1:].size for batch in valid_batches(shards, possible, 32, 4)) == possible
-    with pytest.raises(UserError, match=rf"train\.eval_tokens to at most {possible}\b"):
-        valid_batches(shards, possible + 32, 32, 4)
 
 
 def test_a_corpus_of_english_gives_shards_that_verify(tmp_path: Path) -> None:

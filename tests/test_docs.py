@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from analysis.__main__ import _parser as analysis_parser
+from analysis.baselines_table import baselines
+from analysis.benchmark_figure import numbers as benchmark_numbers
+from analysis.benchmark_figure import points
+from analysis.benchmarks import read_table as read_benchmarks
 from analysis.canvas import Drawn
 from analysis.claims import as_json as claims_as_json
 from analysis.claims import judge_all
@@ -92,6 +96,13 @@ def test_every_committed_number_and_verdict_follows_from_the_committed_rows(fold
     for dossier in read_dossiers(read_table(folder / "runs.csv")):
         again = {name: as_json(drawn, dossier, name) for name, drawn in drawn_all(dossier) if isinstance(drawn, Drawn)}
         again["claims"] = claims_as_json(dossier, judge_all(dossier))
+        scores = read_benchmarks(folder / "benchmarks.csv")
+        if not (scored := points(dossier.of_one_backbone, scores)).empty:
+            again["benchmarks"] = benchmark_numbers(dossier.name, scored)
+        table_1 = folder / f"{dossier.name}_table1.md"
+        assert baselines(dossier.name, dossier.of_one_backbone, scores) == (
+            table_1.read_text() if table_1.exists() else None
+        )
         stored = {path.stem.removeprefix(f"{dossier.name}_") for path in folder.glob(f"{dossier.name}_*.json")}
         assert stored == set(again)
         for name, found in again.items():

@@ -17,8 +17,13 @@ from engram.memory import NgramTables
 from engram.optim import build_optimizers
 from engram.stored_tables import StoredTableAdam, StoredTables, round_at_random, store_tables
 from engram.table_adam import TableAdam
+from experiments.evaluate import validate
+from experiments.finished import open_finished
+from experiments.rundir import RunDir
 from experiments.settings import Runtime, UserError
-from experiments.shards import Shards
+from experiments.shards import Shards, valid_batches
+from experiments.study import parse_study, runs_with_data
+from experiments.train import train
 from experiments.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -175,6 +180,29 @@ def test_evaluation_reads_the_store() -> None:
         model.get_parameter(name).data.copy_(values)
     with torch.no_grad():
         assert torch.equal(model(tokens), expected)
+
+
+def test_a_launch_that_stored_tables_cannot_serve_is_refused_before_data_are_built(tmp_path: Path) -> None:
+    words = ["cpu-smoke", f"runtime.data_dir={tmp_path / 'data'}", "runtime.table_device=cpu"]
+    for more, said in (
+        (["allocation", "train.optim.tables=dense"], "lazy or rowwise"),
+        (["ablation", "grid.ablations=[dense-adam]"], "grid.ablations"),
+        (["allocation", "runtime.processes=2"], "take one process"),
+    ):
+        with pytest.raises(UserError, match=said):
+            runs_with_data(parse_study([*words, *more]), build=True)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_finished_run_with_bf16_tables_is_taken_up_again(shards: Shards, tmp_path: Path) -> None:
+    """Rows are stored in bf16 and loaded in fp32: the same values, and so the run's own loss, to the bit."""
+    run = study_run(shards, optim=OptimConfig(lr=5e-3, table_dtype="bf16"))
+    run_dir = RunDir.create(tmp_path, run)
+    assert train(run_dir, shards, Runtime(device="cpu", table_device="cpu"), lambda: False) == "final"
+    finished = open_finished(run_dir.path, shards.path.parent)
+    batches = valid_batches(shards, run.spec.train.eval_tokens, run.spec.train.seq_len, 4)
+    score = validate(finished.load_model(), batches, shards.token_bytes, "fp32")
+    assert score.nats_per_token == finished.final["result"]["valid_loss"]
 
 
 def test_what_stored_tables_cannot_do_is_refused(shards: Shards) -> None:
