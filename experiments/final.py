@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import platform
-import resource
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from engram.counting import count_params, train_flops_per_token
+from experiments.peak_memory import peak_of_process
 from experiments.rundir import RunDir, provenance
 from experiments.runlogs import attempt_seconds
 from experiments.settings import Run
@@ -88,14 +88,14 @@ def _result(run: Run, trainer: Trainer, line: dict[str, Any], valid: dict[str, A
 def _cost(run_dir: RunDir, trainer: Trainer) -> dict[str, Any]:
     seconds = attempt_seconds(run_dir.path)
     on_gpu = trainer.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
     facts = provenance()
     return {
         "seconds": seconds,
         "tokens_per_s": round(trainer.step * trainer.spec.train.batch_tokens / seconds, 1) if seconds else None,
         "peak_memory_gib": round(peak / 2**30, 3),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "host_cpu": _cpu_name(),
+        "host_cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "processes": trainer.team.size,
         "micro_batch_tokens": trainer.micro_sequences * trainer.spec.train.seq_len,
@@ -107,7 +107,8 @@ def _cost(run_dir: RunDir, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The machine's processor."""
     try:
         with open(Path("/proc/cpuinfo"), encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engram.hashing import compress_vocabulary
+from engram.stored_tables import store_tables
 from engram.transformer import Transformer
 from experiments.checkpoint import check_hash, load_weights
 from experiments.rundir import RunDir
@@ -24,8 +26,30 @@ class Finished:
     final: dict[str, Any]
     shards: Shards
     """What it was trained and validated on; holds its tokenizer."""
-    load_model: Callable[[], Transformer]
-    """Read the weights: in evaluation mode, on the CPU."""
+
+    def load_model(self, *, tables_stay: bool = False) -> Transformer:
+        """Read the weights: in evaluation mode, on the CPU.
+
+        Args:
+            tables_stay: keep n-gram tables in host memory, in the precision that they were trained in, wherever the
+                model is moved; it then brings the rows that it reads.
+
+        Raises:
+            UserError: the weights are gone, damaged, of another run, or hashed otherwise.
+        """
+        spec, folder = self.run.spec, self.run_dir.path / "checkpoint"
+        config, compressed_V = spec.model, None
+        if config.memory:
+            compressed_V = compress_vocabulary(self.shards.tokenizer, config.vocab_size)
+        model = Transformer(config, compressed_V)
+        if tables_stay:
+            dtype = torch.bfloat16 if spec.train.optim.table_dtype == "bf16" else torch.float32
+            store_tables(model, torch.device("cpu"), dtype)
+        facts = load_weights(folder, model)
+        if facts["run_id"] != spec.run_id or facts["step"] != spec.train.steps:
+            raise UserError(f"{folder} holds step {facts['step']} of run {facts['run_id']}, not the end of this one")
+        check_hash(folder, facts, model)
+        return model.eval()
 
 
 def open_finished(path: Path, data_dir: Path) -> Finished:
@@ -44,8 +68,7 @@ def open_finished(path: Path, data_dir: Path) -> Finished:
         state = run_dir.state()
         remedy = "its weights say nothing" if state == "diverged" else "launch its suite first"
         raise UserError(f"run {run.spec.run_id} is {state}: {remedy}")
-    shards = find_shards(data_dir, run.spec.data)
-    return Finished(run, run_dir, final, shards, lambda: _load_model(run, run_dir, shards))
+    return Finished(run, run_dir, final, find_shards(data_dir, run.spec.data))
 
 
 def find_shards(data_dir: Path, data: str) -> Shards:
@@ -65,14 +88,3 @@ def find_shards(data_dir: Path, data: str) -> Shards:
         f"no shards {data[:12]} in {data_dir}: build them again with `python -m experiments data` and the run's "
         "budget, or name their place with runtime.data_dir=PATH"
     )
-
-
-def _load_model(run: Run, run_dir: RunDir, shards: Shards) -> Transformer:
-    """Raises UserError for weights that are gone, damaged, of another run or hashed otherwise."""
-    config, folder = run.spec.model, run_dir.path / "checkpoint"
-    model = Transformer(config, compress_vocabulary(shards.tokenizer, config.vocab_size) if config.memory else None)
-    facts = load_weights(folder, model)
-    if facts["run_id"] != run.spec.run_id or facts["step"] != run.spec.train.steps:
-        raise UserError(f"{folder} holds step {facts['step']} of run {facts['run_id']}, not the end of this one")
-    check_hash(folder, facts, model)
-    return model.eval()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import BOS, VOCAB, awake_model, tiny_config, tiny_engram, tiny_tables, tokens_without_bos
 from test_transformer import CONFIGS, with_plain_experts
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram.config import ModelConfig
 from engram.decoding import DecodeState
+from engram.stored_tables import StoredTables, store_tables
 from engram.transformer import Transformer
 
 ARMS = CONFIGS | {
@@ -130,3 +134,63 @@ def test_another_batch_is_refused() -> None:
     model(tokens_without_bos(2, 4), state=state)
     with pytest.raises(ValueError, match="holds 2 sequences, the chunk 3 of 4 tokens"):
         model(tokens_without_bos(3, 4), state=state)
+
+
+def with_tables_in_host_memory(model: Transformer) -> Transformer:
+    other = deepcopy(model)
+    store_tables(other, torch.device("cpu"), torch.float32)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("name", [name for name, config in ARMS.items() if config.memory is not None])
+def test_tables_in_host_memory_give_the_same_logits_to_the_bit(name: str) -> None:
+    """A prompt and twelve tokens, each chosen from the logits before it: prefill, then decode with a cache."""
+    near, prompt_BT = awake_model(ARMS[name]), text_of_documents()
+    far = with_tables_in_host_memory(near)
+    assert any(isinstance(module, StoredTables) for module in far.modules())
+    states = DecodeState(near.config), DecodeState(near.config)
+    chunk_BT = prompt_BT
+    with torch.inference_mode():
+        for _ in range(1 + 12):
+            logits, others = (model(chunk_BT, state=s) for model, s in zip((near, far), states, strict=True))
+            assert torch.equal(logits, others)
+            chunk_BT = logits[:, -1:].argmax(-1)
+
+
+class Sizes(TorchDispatchMode):
+    """Shapes of all that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)}
+        return out
+
+
+def test_a_call_brings_rows_and_never_the_table() -> None:
+    """No operation returns anything with as many rows of a table's width as the table has; a copy of it would."""
+    model = with_tables_in_host_memory(awake_model(ARMS["engram"]))
+    tables = [module.table_SP for module in model.modules() if isinstance(module, StoredTables)]
+    whole = {tuple(table_SP.shape) for table_SP in tables}
+    state, tokens_BT = DecodeState(model.config), tokens_without_bos(1, 8)
+    with torch.inference_mode(), Sizes() as sizes:
+        for chunk_BT in tokens_BT.split([5, 1, 1, 1], dim=1):
+            model(chunk_BT, state=state)
+    width = tables[0].shape[1]
+    brought = {rows for rows, *rest in sizes.shapes if rest == [width]}
+    assert brought
+    assert max(brought) <= 5 * 4  # tokens times tables a layer
+    assert not whole & sizes.shapes
+    with Sizes() as sizes:
+        tables[0].to(torch.float64)
+    assert whole & sizes.shapes
+
+
+def test_a_model_that_moves_leaves_tables_in_host_memory_behind() -> None:
+    model = with_tables_in_host_memory(awake_model(ARMS["engram"])).to("meta")
+    places = {name.endswith("table_SP"): parameter.device.type for name, parameter in model.named_parameters()}
+    assert places == {True: "cpu", False: "meta"}
