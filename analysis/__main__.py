@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from analysis.dossier import Dossier
 
 EXAMPLES = """examples:
-  python -m analysis collect                        results/runs/*/final.json -> results/runs.csv
+  python -m analysis collect                        results/runs/* -> results/runs.csv, benchmarks.csv, speed.csv
   python -m analysis figures                        every figure whose runs are there -> results/figures
   python -m analysis figures --budget cpu-small
   python -m analysis tables --table other.csv --out /elsewhere
@@ -78,20 +78,22 @@ def _collect(args: argparse.Namespace) -> None:
     write_table(table, args.table)
     diverged = int((table["status"] == "diverged").sum())
     print(f"{args.table}: {len(table)} runs" + (f", {diverged} of them diverged" if diverged else ""))
-    _collect_benchmarks(args)
+    _collect_more(args)
 
 
-def _collect_benchmarks(args: argparse.Namespace) -> None:
-    from analysis.benchmarks import collect
+def _collect_more(args: argparse.Namespace) -> None:
+    """What other commands have found out about the runs, each kind in a table of its own."""
+    from analysis import benchmarks, speed
     from analysis.collect import write_table
 
-    if not (results := collect(args.runs)).empty:
-        write_table(results, path := _benchmarks_beside(args.table))
-        print(f"{path}: {len(results)} results")
+    for name, found in (("benchmarks", benchmarks.collect(args.runs)), ("speed", speed.collect(args.runs))):
+        if not found.empty:
+            write_table(found, path := _beside(args.table, name))
+            print(f"{path}: {len(found)} {'results' if name == 'benchmarks' else 'measurements'}")
 
 
-def _benchmarks_beside(table: Path) -> Path:
-    return table.with_name("benchmarks.csv")
+def _beside(table: Path, name: str) -> Path:
+    return table.with_name(f"{name}.csv")
 
 
 def _figures(args: argparse.Namespace) -> None:
@@ -159,12 +161,13 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _write_table_1(dossier: Dossier, args: argparse.Namespace) -> None:
+    from analysis import benchmarks, speed
     from analysis.baselines_table import baselines
-    from analysis.benchmarks import read_table
     from analysis.collect import write_atomically
 
-    results = read_table(_benchmarks_beside(args.table))
-    if (text := baselines(dossier.name, dossier.of_one_backbone, results)) is not None:
+    results = benchmarks.read_table(_beside(args.table, "benchmarks"))
+    speeds = speed.read_table(_beside(args.table, "speed"))
+    if (text := baselines(dossier.name, dossier.of_one_backbone, results, speeds)) is not None:
         write_atomically(path := args.out / f"{dossier.name}_table1.md", text)
         print(path)
 
@@ -174,7 +177,7 @@ def _draw_benchmarks(dossier: Dossier, args: argparse.Namespace) -> None:
     from analysis.benchmarks import read_table
     from analysis.figures import save
 
-    chosen = points(dossier.of_one_backbone, read_table(_benchmarks_beside(args.table)))
+    chosen = points(dossier.of_one_backbone, read_table(_beside(args.table, "benchmarks")))
     if not chosen.empty:
         for path in save(
             draw(dossier.name, chosen), numbers(dossier.name, chosen), args.out / f"{dossier.name}_benchmarks"

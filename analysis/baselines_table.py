@@ -1,7 +1,7 @@
 """The paper's Table 1 for the suite `baselines`: dense, MoE, Engram and a larger Engram at equal P_act.
 
 Sizes and losses, then benchmarks beside their chance level, then what each arm differs by from the mixture of experts,
-at equal seeds and items, with p values that hold for all comparisons of the table at once.
+at equal seeds and items, with p values that hold for all comparisons of the table at once; last, speed and memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pandas as pd
 
 from analysis.benchmarks import SAME, Estimate, difference, estimate, score
 from analysis.compare import holm
-from analysis.style import count
+from analysis.speed_table import speed_lines
+from analysis.style import count, numbers_table
 
 ALPHA = 0.05
 LARGE = "engram-large"
@@ -36,13 +37,14 @@ class _Arm:
     runs: pd.DataFrame
 
 
-def baselines(name: str, runs: pd.DataFrame, results: pd.DataFrame) -> str | None:
+def baselines(name: str, runs: pd.DataFrame, results: pd.DataFrame, speeds: pd.DataFrame) -> str | None:
     """Write the table of one study as markdown.
 
     Args:
         name: the study.
         runs: its rows of runs.csv.
         results: rows of benchmarks.csv, of these runs and of others.
+        speeds: rows of speed.csv, likewise.
 
     Returns:
         None if the study holds no `engram-large`, and so is no suite of baselines.
@@ -69,19 +71,21 @@ def baselines(name: str, runs: pd.DataFrame, results: pd.DataFrame) -> str | Non
         "",
         _head(runs, seeds),
         "",
-        *_table(["", *(arm.title for arm in arms)], _sizes(arms)),
+        *numbers_table(["", *(arm.title for arm in arms)], _sizes(arms)),
         "",
         *(
-            _table(["benchmark", "chance", *(arm.title for arm in arms)], scores)
+            numbers_table(["benchmark", "chance", *(arm.title for arm in arms)], scores)
             if scores
             else ["No benchmark results."]
         ),
         "",
         "Minus MoE:",
         "",
-        *_table(["", *(arm.title for arm in arms if arm.title != "MoE")], lines),
+        *numbers_table(["", *(arm.title for arm in arms if arm.title != "MoE")], lines),
         "",
         NOTE.format(seeds=ONE_SEED if len(seeds) == 1 else SOME_SEEDS, comparisons=compared),
+        *speed_lines({arm.title: arm.runs for arm in arms}, speeds),
+        "",
     ]
     return "\n".join(body)
 
@@ -185,8 +189,3 @@ def _difference(found: Estimate | None, p: float | None) -> str:
         return text
     text += f" ({found.low:+.4f} to {found.high:+.4f}), p {p:.2g}"
     return f"**{text}**" if p < ALPHA else text
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from analysis.collect import read_columns
 from analysis.errors import BadFile
 
 Floats = npt.NDArray[np.float64]
@@ -74,14 +75,7 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         BadFile: it is not a table of benchmarks.
     """
-    if not path.is_file():
-        return pd.DataFrame(columns=list(COLUMNS)).astype(dict(COLUMNS))
-    try:
-        # Items are text: as a number, 0101 would lose its first zero.
-        table = pd.read_csv(path, dtype={k: "string" if v == "float64" else v for k, v in COLUMNS.items()})
-        return table[list(COLUMNS)].astype(dict(COLUMNS))
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadFile(f"{path} is not a table of benchmarks: {' '.join(str(error).split())}") from error
+    return read_columns(path, COLUMNS, "benchmarks")
 
 
 def items_of(cell: Any) -> Floats | None:

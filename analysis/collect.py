@@ -141,6 +141,27 @@ def read_table(path: Path) -> pd.DataFrame:
         raise BadFile(f"{path} is not a table of runs: {' '.join(str(error).split())}") from error
 
 
+def read_columns(path: Path, columns: Mapping[str, str], what: str) -> pd.DataFrame:
+    """Read another table that `write_table` wrote; an empty one where there is no file.
+
+    Args:
+        path: a CSV file.
+        columns: its columns and their pandas types.
+        what: what it is a table of, for the message.
+
+    Raises:
+        BadFile: it is not such a table.
+    """
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns)).astype(dict(columns))
+    try:
+        # Floats as text first, as above; text stays text: as a number, 0101 would lose its first zero.
+        table = pd.read_csv(path, dtype={k: "string" if v == "float64" else v for k, v in columns.items()})
+        return table[list(columns)].astype(dict(columns))
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadFile(f"{path} is not a table of {what}: {' '.join(str(error).split())}") from error
+
+
 def _with_ratios(table: pd.DataFrame) -> pd.DataFrame:
     """Fill in what older runs lack and others of their columns tell."""
     per_active, per_total = table["P_tot"] / table["P_act"], table["train_tokens"] / table["P_tot"]

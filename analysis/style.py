@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color), told apart with any common colour blindness; the second
@@ -47,3 +48,9 @@ def count(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def numbers_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown lines: a first column of words, then columns of numbers."""
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]

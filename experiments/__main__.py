@@ -127,10 +127,17 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(
         "speed",
         command_speed,
-        "measure prefill, decode and memory of a suite's finished runs",
-        "speed baselines cpu-small",
+        "measure prefill, decode and memory of a suite's finished runs, tables on the device and in host memory",
+        "speed baselines cpu-small --tables device,host --batch 1 --prompt 512 runtime.threads=2",
     )
     add_words(command)
+    command.add_argument(
+        "--tables",
+        default="device,host",
+        metavar="PLACES",
+        help="where n-gram tables lie, joined by commas (device,host). On a CPU both are the same memory, and `host` "
+        "adds the work of bringing rows; runs without tables are measured once",
+    )
     for option, default, text in (
         ("--batch", 8, "sequences at once"),
         ("--prompt", 128, "tokens read at once"),

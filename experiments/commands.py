@@ -188,21 +188,17 @@ def command_eval(args: argparse.Namespace) -> int:
 def command_speed(args: argparse.Namespace) -> int:
     """Measure how fast the finished runs of a suite read and write, and in how much memory."""
     from experiments.parallel import choose_device
-    from experiments.speed import measure_all
+    from experiments.speed import Load, in_words, measure_all, parse_places
 
     if min(args.batch, args.prompt, args.new) < 1:
         raise UserError(f"--batch, --prompt and --new count from 1, not {args.batch}, {args.prompt}, {args.new}")
+    places = parse_places(args.tables)
     runtime, finished = _finished_runs(args.words)
-    device = str(choose_device(runtime.device))
-    found = measure_all(finished, Path(runtime.data_dir), device, args.batch, args.prompt, args.new)
-    for run, row in zip(finished, found, strict=True):
-        labels = run.run.labels
-        print(
-            f"{labels.arm}{'' if labels.rho is None else f' rho {labels.rho:.2f}'} seed {run.run.spec.seed}: "
-            f"prefill {row['prefill_tokens_per_s']:,.0f} tokens/s, decode {row['decode_tokens_per_s']:,.0f} tokens/s, "
-            f"peak {row['peak_memory_bytes'] / 2**20:,.0f} MiB (weights {row['weights_bytes'] / 2**20:,.1f}, "
-            f"tables {row['tables_bytes'] / 2**20:,.1f}, past {row['state_bytes'] / 2**20:,.1f})"
-        )
+    load = Load(str(choose_device(runtime.device)), runtime.threads, args.batch, args.prompt, args.new)
+    for one, result in measure_all(finished, Path(runtime.data_dir), load, places):
+        labels = one.run.labels
+        rho = "" if labels.rho is None else f" rho {labels.rho:.2f}"
+        print(f"{labels.arm}{rho} seed {one.run.spec.seed}: {in_words(result)}", flush=True)
     return 0
 
 

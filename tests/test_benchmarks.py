@@ -27,7 +27,9 @@ from analysis.benchmarks import (
 from analysis.collect import COLUMNS as RUN_COLUMNS
 from analysis.collect import write_table
 from analysis.errors import BadFile
+from analysis.speed import read_table as read_speeds
 
+NO_SPEEDS = read_speeds(Path("nothing.csv"))
 ARMS = {"dense": None, "allocation": 1.0, "engram": 0.8, "engram-large": 0.8}
 
 
@@ -117,7 +119,7 @@ def test_rank_correlation_and_when_there_is_none() -> None:
 
 def test_the_table_says_what_differs_what_is_at_chance_and_how_many_were_compared() -> None:
     shares = {"dense": 0.5, "allocation": 0.8, "engram": 0.8, "engram-large": 0.9}
-    text = baselines("tiny", runs_table(), results_table(shares))
+    text = baselines("tiny", runs_table(), results_table(shares), NO_SPEEDS)
     assert text is not None
     (line,) = [line for line in text.splitlines() if line.startswith("| blimp") and "0.5000" in line]
     _, _, chance, dense, moe, engram, large, _ = (cell.strip() for cell in line.split("|"))
@@ -136,7 +138,7 @@ def test_the_table_says_what_differs_what_is_at_chance_and_how_many_were_compare
 def test_other_items_are_another_benchmark() -> None:
     part, whole = results_table({"allocation": 0.8, "engram": 0.8}), results_table({"allocation": 0.8, "engram": 0.8})
     part["limit"], part["items_id"] = 400, "z"
-    text = baselines("tiny", runs_table(), pd.concat([part, whole]))
+    text = baselines("tiny", runs_table(), pd.concat([part, whole]), NO_SPEEDS)
     assert text is not None
     assert "first 400 items of each task" in text
     assert len([line for line in text.splitlines() if line.startswith("| blimp")]) == 4
@@ -144,7 +146,7 @@ def test_other_items_are_another_benchmark() -> None:
 
 def test_a_study_without_the_large_engram_has_no_such_table() -> None:
     runs = runs_table()
-    assert baselines("tiny", runs[runs["arm"] != "engram-large"], results_table({})) is None
+    assert baselines("tiny", runs[runs["arm"] != "engram-large"], results_table({}), NO_SPEEDS) is None
 
 
 def test_the_figure_shows_the_sweep_alone() -> None:

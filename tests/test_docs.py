@@ -22,6 +22,7 @@ from analysis.collect import read_table
 from analysis.dossier import read_dossiers
 from analysis.figures import caption
 from analysis.gallery import as_json, drawn_all
+from analysis.speed import read_table as read_speeds
 from analysis.study import read_study, split
 from experiments.__main__ import parse
 from experiments.study import parse_study
@@ -100,7 +101,8 @@ def test_every_committed_number_and_verdict_follows_from_the_committed_rows(fold
         if not (scored := points(dossier.of_one_backbone, scores)).empty:
             again["benchmarks"] = benchmark_numbers(dossier.name, scored)
         table_1 = folder / f"{dossier.name}_table1.md"
-        assert baselines(dossier.name, dossier.of_one_backbone, scores) == (
+        speeds = read_speeds(folder / "speed.csv")
+        assert baselines(dossier.name, dossier.of_one_backbone, scores, speeds) == (
             table_1.read_text() if table_1.exists() else None
         )
         stored = {path.stem.removeprefix(f"{dossier.name}_") for path in folder.glob(f"{dossier.name}_*.json")}
