@@ -27,8 +27,8 @@ from experiments.finished import Finished
 from experiments.rundir import RunBusy, RunDir, provenance
 from experiments.settings import UserError
 
-SCHEMA = 1
-"""Raised when a change of code changes what is measured."""
+SCHEMA = 2
+"""Raised when a change of code changes what is measured. 2: shots from local files are drawn as from the hub's."""
 
 
 @dataclass(frozen=True)

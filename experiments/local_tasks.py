@@ -107,6 +107,8 @@ def local_tasks(task: str, shots: int, data_dir: Path, stock: Path, folder: Path
         return f"no {task}/{source.split}.jsonl in {data_dir}"
     if shots and not splits["train"]:
         return f"no {task}/train.jsonl in {data_dir}: shots must not come from what is scored"
+    if shots > (n_train := len(splits["train"])):
+        return f"{shots} shots need as many items in {task}/train.jsonl, which holds {n_train}"
     return [_write(task, source, {k: v for k, v in splits.items() if v}, stock, folder)]
 
 
@@ -127,7 +129,8 @@ def _write(name: str, source: _Source, splits: dict[str, list[Doc]], stock: Path
         "dataset_name": None,
         "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
         **{f"{kind}_split": None for kind in ("training", "validation", "test", "fewshot")},
-        **({"training_split": "train"} if "train" in splits else {}),
+        # Named as a source of shots too: else the harness takes what it draws from for what it scores.
+        **({"training_split": "train", "fewshot_split": "train"} if "train" in splits else {}),
         f"{source.split}_split": source.split,
     }
     (path := place / "task.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

@@ -77,6 +77,13 @@ def best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
+def write_items(folder: Path, task: str, **splits: list[dict[str, Any]]) -> Path:
+    (folder / task).mkdir(parents=True)
+    for split, docs in splits.items():
+        (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    return folder
+
+
 def result_of(results: list[dict[str, Any]], name: str) -> dict[str, Any]:
     (one,) = [result for result in results if result["benchmark"] == name]
     return one
@@ -209,6 +216,40 @@ def test_shots_come_from_no_item_that_is_scored(place: Path, stock: Path, tmp_pa
     said = local_tasks("arc_easy", 25, place / "data", stock, tmp_path)
     assert isinstance(said, str)
     assert said.endswith("shots must not come from what is scored")
+    data = write_items(tmp_path / "few", "arc_easy", train=ARC[:3], validation=ARC)
+    said = local_tasks("arc_easy", 25, data, stock, tmp_path)
+    assert said == "25 shots need as many items in arc_easy/train.jsonl, which holds 3"
+
+
+def test_shots_come_from_the_local_train_file(finished: Finished, tmp_path: Path) -> None:
+    """One item to train on leaves no choice: it stands, solved, before every question, as the model itself reads it."""
+    shot = {"question": "Who?", "choices": {"text": ["me", "you"], "label": ["A", "B"]}, "answerKey": "B"}
+    data = write_items(tmp_path, "arc_easy", train=[shot], validation=ARC)
+    (result,) = evaluate([finished], Asked([Benchmark("arc_easy", 1)], data)).results
+    right = ""
+    for doc in ARC:
+        choices = doc["choices"]
+        context = f"Question: Who?\nAnswer: you\n\nQuestion: {doc['question']}\nAnswer:"
+        chosen = best([log_likelihood(finished, context, f" {text}") for text in choices["text"]])
+        right += str(int(choices["label"][chosen] == doc["answerKey"]))
+    assert (result["benchmark"], result["shots"], result["truncated"]) == ("arc_easy_1shot", 1, 0)
+    assert result["items"]["acc"] == {"arc_easy": right}
+
+
+def test_an_answer_longer_than_the_window_skips_its_benchmark_alone(finished: Finished, tmp_path: Path) -> None:
+    """A question that is too long loses its beginning and is counted; an answer that is cannot be cut."""
+    asked = [Benchmark("piqa"), Benchmark("arc_easy")]
+    item = {"goal": "Sit.", "sol1": "Down.", "sol2": "Up.", "label": 0}
+    data = write_items(tmp_path, "piqa", validation=[item, item | {"goal": "So sit. " * 100}])
+    write_items(tmp_path, "arc_easy", validation=ARC)
+    report = evaluate([finished], Asked(asked, data))
+    assert result_of(report.results, "piqa")["truncated"] == 2  # both choices of one item
+    write_items(tmp_path / "longer", "piqa", validation=[item, item | {"sol2": "Up, up. " * 100}])
+    write_items(tmp_path / "longer", "arc_easy", validation=ARC)
+    report = evaluate([finished], Asked(asked, tmp_path / "longer"))
+    said = "piqa cannot be scored in a window of 128 tokens: an answer is longer"
+    assert report.skipped == {"piqa": said}
+    assert [result["benchmark"] for result in report.results] == ["arc_easy"]
 
 
 @pytest.mark.parametrize(
