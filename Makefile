@@ -1,7 +1,8 @@
 # make sweep                         install, build the corpus, train, fit, draw (16 minutes on two cores)
 # make sweep BUDGET=cpu-smoke        the same in two minutes; SUITE=... picks another suite
 # make figures                       redraw and judge everything committed, from the committed rows
-# make one-minute                    run every suite for a minute and redraw what is shown of it
+# make one-minute                    run every suite for a minute, measure its speed and redraw what is shown of it;
+#                                    BENCHMARKS=DIR TEXT=DIR score it as well, else benchmarks.csv stays as it was
 # make test                          install and test (10 minutes at most)
 
 PYTHON ?= python3
@@ -12,6 +13,8 @@ RUN := $(VENV)/bin/python
 
 SUITES := allocation sparsity horizon infinite-memory layers ablation baselines noise lr
 ONE_MINUTE := results/reference/one-minute
+CHOICES := arc_easy,sciq,winogrande
+SCORE_IT := $(RUN) -m experiments eval baselines cpu-smoke runtime.runs_dir=build/one-minute
 
 .PHONY: help sweep figures report one-minute notebooks test test-slow check bench clean
 help:  ## list the targets
@@ -46,9 +49,13 @@ report: $(VENV)/.run  ## one HTML page for each budget of your runs, in results/
 	$(RUN) -m analysis collect
 	$(RUN) -m analysis report
 
-one-minute: $(VENV)/.run  ## train every suite afresh at its one-minute size, redraw what is committed: ten minutes on two cores
+one-minute: $(VENV)/$(if $(BENCHMARKS)$(TEXT),.eval,.run)  ## train every suite afresh at its one-minute size, redraw what is committed: a quarter of an hour on two cores
 	rm -rf build/one-minute
 	for suite in $(SUITES); do $(RUN) -m experiments launch $$suite cpu-smoke runtime.runs_dir=build/one-minute || exit 1; done
+	$(if $(BENCHMARKS),$(SCORE_IT) --data $(BENCHMARKS) --tasks blimp --limit 100)
+	$(if $(BENCHMARKS),$(SCORE_IT) --data $(BENCHMARKS) --tasks $(CHOICES) --limit 500)
+	$(if $(TEXT),$(SCORE_IT) --text $(TEXT) --tasks bits_per_byte --limit 20)
+	$(RUN) -m experiments speed baselines cpu-smoke runtime.runs_dir=build/one-minute
 	$(RUN) -m analysis collect --runs build/one-minute --table $(ONE_MINUTE)/runs.csv
 	$(MAKE) figures notebooks
 
@@ -71,4 +78,4 @@ bench: $(VENV)/.dev  ## time the suite against its peers: a quarter of an hour, 
 	$(RUN) -m benchmarks run
 
 clean:  ## remove the environment, shards, runs and your figures
-	rm -rf $(VENV) data results/runs results/code results/figures results/runs.csv
+	rm -rf $(VENV) data results/runs results/code results/figures results/*.csv

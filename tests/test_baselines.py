@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_one_minute_of_baselines_is_trained_exported_scored_and_tabled(tmp_path: Path) -> None:
+def test_one_minute_of_baselines_is_trained_measured_scored_exported_and_tabled(tmp_path: Path) -> None:
     """BLiMP's real files where they are there, else two paradigms of the test's own."""
     if shared := os.environ.get("ENGRAM_SHARED_DATA"):
         data = Path(shared) / "benchmarks"
@@ -35,6 +35,8 @@ def test_one_minute_of_baselines_is_trained_exported_scored_and_tabled(tmp_path:
         return done.stdout
 
     call("experiments", "launch", *words)
+    said = call("experiments", "speed", *words, "--batch", "2", "--prompt", "32", "--new", "8")
+    assert (said.count("tables on the device"), said.count("tables in host memory"), said.count("\n")) == (2, 2, 6)
     said = call("experiments", "eval", *words, "--tasks", "blimp,popqa_15shot", "--data", str(data), "--limit", "10")
     assert "skipped popqa_15shot: the harness has no such task" in said
     assert "4 results of 4 runs, 1 benchmarks skipped" in said
@@ -49,4 +51,8 @@ def test_one_minute_of_baselines_is_trained_exported_scored_and_tabled(tmp_path:
     (line,) = [line for line in text.splitlines() if line.startswith("| blimp") and "| 0.5000 |" in line]
     assert len(line.split("|")) == 8
     assert "-" not in [cell.strip() for cell in line.split("|")]
+    assert "batch 2, prompt 32 tokens" in text
+    for measured in ("prefill, tokens/s", "decode, tokens/s", "host memory ever", "tables, MiB", "seeds"):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {measured}") and len(line.split("|")) == 9]
+        assert "-" not in [cell.strip() for cell in line.split("|")]
     assert (tmp_path / "cpu-smoke_benchmarks.png").is_file()
