@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.host_table import large_table
-from benchmarks.parts import PARTS
+from benchmarks.parts import PARTS, worth_running
 from benchmarks.report import summary
 from benchmarks.rounds import ROUNDS, peak_memory, run_part
 from benchmarks.sweep_time import time_sweep
@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
     wanted = args.parts or [*PARTS, *EXTRA]
     results = []
     with console.status("starting") as status:
-        for name in (name for name in PARTS if name in wanted):
+        for name in (name for name in PARTS if name in wanted and (args.parts or worth_running(name, device))):
             results.append(run_part(PARTS[name](device), device, args.rounds, status.update))
         status.update("timing a sweep")
         sweep = time_sweep(SWEEP, len(os.sched_getaffinity(0))) if "sweep" in wanted else None

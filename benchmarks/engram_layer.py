@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import zipf_tokens
-from benchmarks.rounds import Contender, Part
+from benchmarks.rounds import Contender, Part, in_bf16
 from engram.config import EngramConfig, TableConfig
 from engram.hashing import HashSpec, NgramHasher
 from engram.memory import Engram
@@ -39,19 +39,21 @@ CPU = Shape(B=8, T=512, D=256, M=4, Q=256, rows=100_000)
 GPU = Shape(B=32, T=1024, D=1024, M=4, Q=512, rows=1_000_000)
 
 
-def engram_part(device: torch.device, shape: Shape | None = None) -> Part:
-    """Ours with gradients of the rows looked up, theirs with the dense gradient that it has."""
+def engram_part(device: torch.device, shape: Shape | None = None, *, bf16: bool | None = None) -> Part:
+    """Ours with gradients of the rows looked up, theirs with the dense gradient that it has. In bf16 on GPUs."""
     shape = shape or (CPU if device.type == "cpu" else GPU)
-    work = _Work(shape, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    bf16 = device.type != "cpu" if bf16 is None else bf16
+    work = _Work(shape, device, torch.bfloat16 if bf16 else torch.float32)
     total = 2 * shape.heads * shape.rows
     return Part(
-        name="engram-layer",
-        what=f"Engram layer, forward + backward: {shape.B * shape.T} tokens, d {shape.D}, {shape.M} streams, "
-        f"table {total / 1e6:.1f}M x {shape.Q // (2 * shape.heads)}",
+        name=in_bf16("engram-layer", bf16),
+        what=f"Engram layer, forward + backward{', bf16' if bf16 else ''}: {shape.B * shape.T} tokens, d {shape.D}, "
+        f"{shape.M} streams, table {total / 1e6:.1f}M x {shape.Q // (2 * shape.heads)}",
         target=5.0 if device.type == "cpu" else 3.0,
         at_least=True,
         contenders={"engram": work.ours, "transformers Qwen4ExpTextPLELayer": work.theirs},
-        tolerance=1e-4 if device.type == "cpu" else 2e-2,
+        # In bf16 their gradients are up to 2.1e-2 from those in fp32, ours 0.7e-2.
+        tolerance=3e-2 if bf16 else 1e-4,
         note="ours sums its gradients over equal rows within the time; theirs fills a gradient as large as the table",
     )
 
@@ -67,6 +69,7 @@ class _Work:
         s = self.shape
         generator = torch.Generator().manual_seed(0)
         h, direction = (torch.randn(s.B, s.T, s.M, s.D, generator=generator) for _ in range(2))
+        h += 0.5
         tokens = zipf_tokens(VOCAB, s.B, s.T)
         return h.to(self.device, self.dtype), tokens.to(self.device), direction.to(self.device, self.dtype)
 
@@ -94,6 +97,10 @@ class _Work:
             for name, parameter in layer.named_parameters():
                 scale = 0.1 if "norm" in name or parameter.ndim == 1 else parameter.shape[-1] ** -0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            # Keys and streams that all point one way: the gate's root has a gradient without bound at a score of zero,
+            # where the last bit of a sum would decide what the gradients are.
+            layer.key_proj.weight.add_(s.Q**-0.5)
+            layer.ple_embedding.ngram_embedding.weight.abs_()
         return layer.to(self.device, self.dtype)
 
     def theirs(self) -> Contender:

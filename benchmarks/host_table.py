@@ -120,7 +120,7 @@ class _Steps:
             following = self.step + 1
             stored.prefetch(lambda: self.rows(following))
         ids = self.batch(self.step).to(self.device)
-        self.losses.append(training_step(self.model, self.optimizers, ids))
+        self.losses.append(training_step(self.model, self.optimizers, ids, bf16=ids.is_cuda))
         self.step += 1
 
     def contender(self) -> Contender:

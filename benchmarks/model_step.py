@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.inputs import zipf_tokens
-from benchmarks.rounds import Contender, Part
+from benchmarks.rounds import Contender, Part, in_bf16
 from engram.allocation import allocate
 from engram.config import EngramConfig, GQAConfig, ModelConfig, MoEConfig, OptimConfig, TableConfig
 from engram.counting import count_params, train_flops_per_token
@@ -58,20 +58,21 @@ CPU = Shape(B=8, T=512, V=16_384, D=256, heads=4, layers=4, F=128, E=106, K=6)
 GPU = Shape(B=8, T=2048, V=129_280, D=1280, heads=16, layers=4, F=1216, E=106, K=6)
 
 
-def against_transformers_part(device: torch.device, shape: Shape | None = None) -> Part:
-    """rho = 1 against `OlmoeForCausalLM` of equal shape with fused AdamW; once more with Muon, as studies train."""
+def against_transformers_part(device: torch.device, shape: Shape | None = None, *, bf16: bool | None = None) -> Part:
+    """rho = 1 against `OlmoeForCausalLM` of equal shape with fused AdamW. Autocast to bf16 on GPUs."""
     shape = shape or (CPU if device.type == "cpu" else GPU)
+    bf16 = device.type != "cpu" if bf16 is None else bf16
     config, adamw = shape.config(), OptimConfig(lr=LR, matrices="adamw")
     gap = count_params(config).total
     flops = train_flops_per_token(config, shape.T) * shape.B * shape.T
     return Part(
-        name="model-step",
-        what=f"training step at rho = 1: {shape}",
+        name=in_bf16("model-step", bf16),
+        what=f"training step at rho = 1{', bf16' if bf16 else ''}: {shape}",
         target=3.0 if device.type == "cpu" else 1.5,
         at_least=True,
         contenders={
-            "engram, AdamW": lambda: _ours(config, adamw, shape, device),
-            "transformers OlmoeForCausalLM, grouped_mm": lambda: _olmoe(shape, device),
+            "engram, AdamW": lambda: _ours(config, adamw, shape, device, bf16=bf16),
+            "transformers OlmoeForCausalLM, grouped_mm": lambda: _olmoe(shape, device, bf16=bf16),
         },
         note=f"{gap / 1e6:.1f}M parameters and {flops / 1e12:.3f} TFLOP a step; the two route differently (sigmoid and "
         "softmax), so their outputs are not compared, but their experts are in the first line",
@@ -118,7 +119,10 @@ def memory_part(device: torch.device, shape: Shape | None = None) -> Part:
     )
 
 
-def _ours(config: ModelConfig, optim: OptimConfig, shape: Shape, device: torch.device) -> Contender:
+def _ours(
+    config: ModelConfig, optim: OptimConfig, shape: Shape, device: torch.device, *, bf16: bool | None = None
+) -> Contender:
+    bf16 = device.type != "cpu" if bf16 is None else bf16
     model = Transformer(config, np.arange(config.vocab_size) if config.memory else None).to(device)
     model.set_sparse_tables(needs_sparse_grad(optim))
     init_weights(model, seed=0)
@@ -126,15 +130,15 @@ def _ours(config: ModelConfig, optim: OptimConfig, shape: Shape, device: torch.d
     ids = zipf_tokens(shape.V, shape.B, shape.T + 1).to(device)
 
     def run() -> None:
-        training_step(model, optimizers, ids)
+        training_step(model, optimizers, ids, bf16=bf16)
         update_router_biases(model, optim.router_bias_gamma)
 
     return Contender(run)
 
 
-def training_step(model: Transformer, optimizers: Optimizers, ids: Tensor) -> Tensor:
+def training_step(model: Transformer, optimizers: Optimizers, ids: Tensor, *, bf16: bool) -> Tensor:
     """Forward, backward, clipping and update as the studies do them; return the loss."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
         loss: Tensor = model(ids[:, :-1], ids[:, 1:])
     loss.backward()
     optimizers.clip(CLIP)
@@ -143,7 +147,7 @@ def training_step(model: Transformer, optimizers: Optimizers, ids: Tensor) -> Te
     return loss.detach()
 
 
-def _olmoe(shape: Shape, device: torch.device) -> Contender:
+def _olmoe(shape: Shape, device: torch.device, *, bf16: bool) -> Contender:
     from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 
@@ -167,7 +171,7 @@ def _olmoe(shape: Shape, device: torch.device) -> Contender:
     ids = zipf_tokens(shape.V, shape.B, shape.T).to(device)
 
     def run() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss: Tensor = forward(input_ids=ids, labels=ids).loss  # type: ignore[attr-defined]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

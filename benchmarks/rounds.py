@@ -80,6 +80,11 @@ class Result:
         return min(peers, key=lambda name: statistics.median(self.seconds[name])) if peers else None
 
 
+def in_bf16(name: str, bf16: bool) -> str:
+    """Name of a part in that precision."""
+    return f"{name}-bf16" if bf16 else name
+
+
 def run_part(part: Part, device: torch.device, rounds: int, say: Callable[[str], None]) -> Result:
     """Build, compare, time and weigh all contenders of a part."""
     result, built = Result(part), {}

@@ -12,14 +12,13 @@ bias. Eq. 4 as printed is `gate="sigmoid"`.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import EngramConfig, OverEncodingConfig, TableConfig
 from engram.decoding import LayerState
+from engram.memory_gradients import causal_convolution, gate_score
 from engram.norm import RMSNorm
 
 
@@ -47,17 +46,7 @@ class ShortConvolution(nn.Module):
         self.conv_JMD = nn.Parameter(torch.empty(kernel, n_streams, d_model))
 
     def forward(self, x_BTMD: Tensor, documents_BT: Tensor | None) -> Tensor:
-        y_BTMD = x_BTMD * self.conv_JMD[0]
-        for j in range(1, len(self.conv_JMD)):
-            back = j * self.dilation
-            if back >= x_BTMD.shape[1]:
-                break
-            earlier_BTMD = x_BTMD[:, :-back] * self.conv_JMD[j]
-            if documents_BT is not None:
-                same_BT = documents_BT[:, back:] == documents_BT[:, :-back]
-                earlier_BTMD = earlier_BTMD * same_BT[:, :, None, None]
-            y_BTMD = y_BTMD + F.pad(earlier_BTMD, (0, 0, 0, 0, back, 0))
-        return y_BTMD
+        return causal_convolution(x_BTMD, self.conv_JMD, self.dilation, documents_BT)
 
 
 class Engram(nn.Module):
@@ -129,7 +118,7 @@ class Engram(nn.Module):
     def _gate(self, h_BTMD: Tensor, e_BTQ: Tensor) -> Tensor:
         """alpha [B, T, M, 1]."""
         k_BTMD = F.linear(e_BTQ, self.w_key_MDQ.flatten(0, 1)).unflatten(-1, h_BTMD.shape[2:])
-        s_BTM1 = (self.norm_query(h_BTMD) * self.norm_key(k_BTMD)).sum(-1, keepdim=True) / math.sqrt(h_BTMD.shape[-1])
+        s_BTM1 = gate_score(h_BTMD, k_BTMD, self.norm_query.gain, self.norm_key.gain, self.norm_query.eps)
         if self.gate == "signed_sqrt":
             # The clamp keeps the root's gradient finite at zero, as in the demo and in DeepSeek-V4.1.
             s_BTM1 = s_BTM1.sign() * s_BTM1.abs().clamp_min(1e-6).sqrt()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.config import MoEConfig
+from engram.padded_experts import experts_padded
 
 
 class SwiGLU(nn.Module):
@@ -62,7 +63,7 @@ class Router(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """A stack of SwiGLU experts. `grouped` and the plain `loop` compute the same sum; the choice is speed."""
+    """A stack of SwiGLU experts. The `fast` way of the device and the plain `loop` compute the same sum."""
 
     def __init__(self, d_model: int, config: MoEConfig) -> None:
         super().__init__()
@@ -70,17 +71,18 @@ class RoutedExperts(nn.Module):
         self.w_gate_EFD = nn.Parameter(torch.empty(E, F_, d_model))
         self.w_up_EFD = nn.Parameter(torch.empty(E, F_, d_model))
         self.w_down_EDF = nn.Parameter(torch.empty(E, d_model, F_))
-        self.backend: Literal["grouped", "loop"] = "grouped"
+        self.backend: Literal["fast", "loop"] = "fast"
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
         dtype = self.w_gate_EFD.dtype
-        # grouped_mm is not on autocast's list. On CPUs it stays in fp32: its bf16 kernels are compiled for every new
-        # number of tokens an expert gets, which takes three times as long as the step.
-        if x_ND.device.type != "cpu" and torch.is_autocast_enabled(x_ND.device.type):
+        if torch.is_autocast_enabled(x_ND.device.type):  # neither way is on autocast's list
             dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, *weights = (t.to(dtype) for t in (x_ND, self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF))
-        backend = experts_grouped if self.backend == "grouped" else experts_loop
-        return backend(x_ND, weights_NK, expert_ids_NK, *weights)
+        if self.backend == "loop":
+            return experts_loop(x_ND, weights_NK, expert_ids_NK, *weights)
+        # On a CPU grouped_mm is a loop over experts, and in bf16 compiles for every number of tokens that one gets.
+        way = experts_padded if x_ND.device.type == "cpu" else experts_grouped
+        return way(x_ND, weights_NK, expert_ids_NK, *weights)
 
 
 def experts_loop(

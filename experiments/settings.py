@@ -73,7 +73,7 @@ class RunSpec:
     train: TrainConfig
     data: str
     """sha256 of the data manifest."""
-    schema: int = 1
+    schema: int = 2
     """Raised when a change of code changes results for an equal spec."""
     replicate: int | None = None
     """Tells runs apart that should be equal: the same seed once more. None, the first, is not hashed."""

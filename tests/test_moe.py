@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engram.config import MoEConfig
 from engram.moe import MoE, RoutedExperts, Router, SwiGLU, experts_grouped, experts_loop
+from engram.padded_experts import experts_padded
 
 N, D, E, K, WIDTH = 50, 16, 12, 3, 8
 
@@ -59,34 +60,56 @@ def outputs_and_gradients(function: Any, operands: list[Tensor], ids_NK: Tensor)
     return [y_ND, *torch.autograd.grad((y_ND * direction).sum(), operands)]
 
 
+FAST = [experts_grouped, experts_padded]
+
+
+@pytest.mark.parametrize("function", FAST)
 @pytest.mark.parametrize("load", LOADS)
-def test_grouped_experts_equal_the_loop(load: str) -> None:
+def test_fast_experts_equal_the_loop(load: str, function: Any) -> None:
     ids_NK = LOADS[load]
     n_experts = K if load == "every expert is chosen" else E
     operands = expert_operands(ids_NK, n_experts)
-    fast = outputs_and_gradients(experts_grouped, operands, ids_NK)
+    fast = outputs_and_gradients(function, operands, ids_NK)
     slow = outputs_and_gradients(experts_loop, operands, ids_NK)
     for here, there in zip(fast, slow, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
 
 
-def test_grouped_experts_in_bf16_are_near_the_loop_in_fp32() -> None:
+@pytest.mark.parametrize("function", FAST)
+def test_fast_experts_in_bf16_are_near_the_loop_in_fp32(function: Any) -> None:
     """Products of bf16 operands: outputs and gradients within 2 percent of their norm."""
     ids_NK = LOADS["spread"]
-    rough = outputs_and_gradients(experts_grouped, expert_operands(ids_NK, dtype=torch.bfloat16), ids_NK)
+    rough = outputs_and_gradients(function, expert_operands(ids_NK, dtype=torch.bfloat16), ids_NK)
     exact = outputs_and_gradients(experts_loop, expert_operands(ids_NK), ids_NK)
     for here, there in zip(rough, exact, strict=True):
         assert (here.float() - there).norm() < 0.02 * there.norm()
 
 
-def test_experts_no_token_chose_get_zero_gradients() -> None:
+@pytest.mark.parametrize("function", FAST)
+def test_experts_no_token_chose_get_zero_gradients(function: Any) -> None:
     ids_NK = LOADS["empty experts"]
-    *_, gate, up, down = outputs_and_gradients(experts_grouped, expert_operands(ids_NK), ids_NK)
+    *_, gate, up, down = outputs_and_gradients(function, expert_operands(ids_NK), ids_NK)
     for gradient in (gate, up, down):
         assert set(gradient.flatten(1).any(1).nonzero().flatten().tolist()) == {2, 7, 9}
 
 
-@pytest.mark.parametrize("function", [experts_grouped, experts_loop])
+def test_padding_is_little_and_padded_products_are_few_however_uneven_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From equal loads to an expert that most tokens choose: a call's worth of rows for each expert at most."""
+    import engram.padded_experts as padded
+
+    monkeypatch.setattr(padded, "CALL_FLOPS", 18 * 64 * 32 * 8)  # eight rows
+    gate_EFD = torch.empty(64, 32, 64)
+    for power in (0.0, 0.5, 1.0, 2.0):
+        chances_E = (1.0 + torch.arange(64)) ** -power
+        ids_NK = torch.multinomial(chances_E.expand(2048, -1), 4, generator=torch.Generator().manual_seed(3))
+        chunks, _, _ = padded._lay_out(ids_NK, gate_EFD, 1)
+        assert sum(chunk.tokens_nC.numel() for chunk in chunks) < ids_NK.numel() + 8 * 64
+        assert max(len(chunk.experts_n) for chunk in chunks) <= padded.CHUNK
+        if power == 0:
+            assert len(chunks) < 32
+
+
+@pytest.mark.parametrize("function", [*FAST, experts_loop])
 def test_renumbering_the_experts_changes_nothing(function: Any) -> None:
     ids_NK = LOADS["spread"]
     x_ND, g_NK, *weights = expert_operands(ids_NK)
@@ -97,7 +120,7 @@ def test_renumbering_the_experts_changes_nothing(function: Any) -> None:
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("backend", ["fast", "loop"])
 def test_experts_equal_transformers(backend: str) -> None:
     """DeepseekV3Experts with equal weights: outputs and gradients within 1e-5."""
     pytest.importorskip("transformers")
@@ -264,7 +287,7 @@ def test_a_layer_without_shared_experts_is_the_routed_sum_alone() -> None:
 
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-5), (True, 0.02)])
 def test_backends_agree_inside_a_layer(autocast: bool, tolerance: float) -> None:
-    """Relative to the norm; under autocast the loop's products are bf16 and the grouped ones, on a CPU, are not."""
+    """Relative to the norm."""
     module = MoE(D, sizes())
     noise(module)
     x_BTD = torch.randn(2, N // 2, D)
