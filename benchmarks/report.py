@@ -33,14 +33,16 @@ def summary(results: Sequence[Result], sweep: SweepTime | None, large: str | Non
         *([_sweep_row(sweep)] if sweep else []),
         "",
         "A ratio of `at least` is how many times as fast as the fastest peer ours is; one of `at most` is our time",
-        "over the other's.",
+        "over the other's. Where a speed-up is missed, the bound is what it would be if ours took no time but that of",
+        "its matrix products.",
         "",
         "## Times and memory",
         "",
-        "Memory is the peak of a step above weights and inputs, from a process of its own.",
+        "Products are matrix products and attention, from a profile of one more run. Memory is the peak of a step",
+        "above weights and inputs, from a process of its own.",
         "",
-        "| part | contender | median ms | fastest ms | peak MiB | |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| part | contender | median ms | fastest ms | products ms | peak MiB | |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
         *(line for result in results for line in _details(result)),
         "",
         *(f"* `{result.part.name}`: {result.part.note}." for result in results if result.part.note),
@@ -75,6 +77,8 @@ def _row(result: Result) -> str:
     ratios = result.ratios(peer)
     median = statistics.median(ratios)
     met = "-" if math.isinf(part.target) else _met(median >= part.target if part.at_least else median <= part.target)
+    if met == "no" and part.at_least and not math.isinf(bound := result.bound(peer)):
+        met = f"no; bound {bound:.1f}"
     shown = f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     return f"| {part.name} | {part.what} | {shown} | {peer} | {target} | {met} |"
 
@@ -94,11 +98,12 @@ def _details(result: Result) -> list[str]:
     for name, seconds in result.seconds.items():
         said = f"outputs differ by {result.differing[name]:.1e}: no ratio" if name in result.differing else ""
         ms = [1e3 * s for s in seconds]
+        products = f"{1e3 * result.product_seconds[name]:.1f}" if result.product_seconds.get(name) else "-"
         lines.append(
-            f"| {result.part.name} | {name} | {statistics.median(ms):.1f} | {min(ms):.1f} | "
+            f"| {result.part.name} | {name} | {statistics.median(ms):.1f} | {min(ms):.1f} | {products} | "
             f"{result.memory_mib[name]:,.0f} | {said} |"
         )
-    return lines + [f"| {result.part.name} | {name} | - | - | - | {why} |" for name, why in result.missing.items()]
+    return lines + [f"| {result.part.name} | {name} | - | - | - | - | {why} |" for name, why in result.missing.items()]
 
 
 def _version(package: str) -> str:

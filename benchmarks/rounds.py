@@ -2,7 +2,8 @@
 
 Outputs are compared first: no ratio is given where they differ. Then the contenders take turns, round after round, so
 that whatever else the machine is doing meets all of them; a ratio is taken within each round, and the median of the
-ratios is what is reported, with the smallest and the largest. Memory is measured in a process of its own for each.
+ratios is what is reported, with the smallest and the largest. A profile of one more run says how much of the time
+matrix products take, and memory is measured in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from benchmarks.products import product_seconds
 
 ROUNDS = 7
 MEMORY_RUNS = 3
@@ -58,6 +61,8 @@ class Result:
 
     part: Part
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    product_seconds: dict[str, float] = field(default_factory=dict)
+    """Of one run, inside matrix products."""
     memory_mib: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Contenders that could not be built, and why."""
@@ -72,6 +77,11 @@ class Result:
         """Per round: how many times faster ours was than the peer, or how many times slower for a slow-down."""
         pairs = zip(self.seconds[self.ours], self.seconds[peer], strict=True)
         return [theirs / own if self.part.at_least else own / theirs for own, theirs in pairs]
+
+    def bound(self, peer: str) -> float:
+        """The ratio if ours took no time but that of its matrix products; infinite where it has none."""
+        products = self.product_seconds.get(self.ours, 0.0)
+        return statistics.median(self.seconds[peer]) / products if products else float("inf")
 
     @property
     def best_peer(self) -> str | None:
@@ -109,6 +119,9 @@ def run_part(part: Part, device: torch.device, rounds: int, say: Callable[[str],
         # Each round begins with another contender, so that none always follows the same one.
         for name in (*list(built)[i % len(built) :], *list(built)[: i % len(built)]):
             result.seconds[name].append(_time(built[name].run, device))
+    for name, contender in built.items():
+        say(f"{part.name}: profile of {name}")
+        result.product_seconds[name] = product_seconds(contender.run, device)
     del built
     gc.collect()
     for name in result.seconds:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import engram_layer, experts, rounds
+from benchmarks.parts import worth_running
+from benchmarks.products import product_seconds
 from benchmarks.report import summary
 from benchmarks.rounds import Contender, Part, Result, run_part
 
@@ -67,3 +69,27 @@ def test_a_ratio_is_taken_within_a_round_against_the_fastest_peer() -> None:
     assert result.best_peer == "fast"
     assert result.ratios("fast") == [3.0, 2.0, 1.0]
     assert "| 2.00 (1.00 to 3.00) | fast | at least 2 | yes |" in summary([result], None, None, 3, 1)
+
+
+def test_a_missed_speed_up_is_told_with_the_bound_that_products_set() -> None:
+    result = Result(part_of(ours=[1.0], peer=[1.0]), {"ours": [4.0, 4.0], "peer": [6.0, 6.0]}, {"ours": 2.5})
+    result.memory_mib.update(ours=1.0, peer=1.0)
+    page = summary([result], None, None, 2, 1)
+    assert "| 1.50 (1.50 to 1.50) | peer | at least 2 | no; bound 2.4 |" in page
+    assert "| p | ours | 4000.0 | 4000.0 | 2500.0 | 1 |" in page
+
+
+def test_products_are_told_from_the_work_around_them() -> None:
+    a = torch.randn(512, 512)
+
+    def run() -> None:
+        torch.bmm(a[None], a[None]).exp_()
+
+    with_product = product_seconds(run, CPU)
+    assert 0 < with_product < 1
+    assert product_seconds(lambda: a.exp(), CPU) == 0
+
+
+def test_bf16_parts_run_only_where_they_say_something() -> None:
+    assert not worth_running("experts-bf16", torch.device("cuda"))
+    assert worth_running("experts", CPU)
