@@ -126,7 +126,7 @@ def _ours(
     model = Transformer(config, np.arange(config.vocab_size) if config.memory else None).to(device)
     model.set_sparse_tables(needs_sparse_grad(optim))
     init_weights(model, seed=0)
-    optimizers = build_optimizers(model, optim)
+    optimizers = build_optimizers(model, optim, muon_dtype=torch.bfloat16 if bf16 else torch.float32)
     ids = zipf_tokens(shape.V, shape.B, shape.T + 1).to(device)
 
     def run() -> None:

@@ -31,14 +31,16 @@ from torch.optim import Optimizer
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _STEPS = 5
 _EPS = 1e-7
+CPU_MATRICES = 64
+"""Taken through the iteration together on a CPU: few enough to stay in its cache, in two thirds of the time."""
 
 
 class Muon(Optimizer):
     """Muon for matrices [a, b] and stacks of matrices [n, a, b]; a stack is n independent matrices.
 
     Args:
-        dtype: of the iteration. None is bf16 on GPUs, as in Jordan's, and fp32 on CPUs: those without bf16
-            instructions take seven times as long for bf16.
+        dtype: of the iteration. bf16, as in Jordan's, is good enough for it; processors without bf16 instructions take
+            seven times as long for it.
 
     Raises:
         ValueError: momentum is outside [0, 1).
@@ -50,7 +52,7 @@ class Muon(Optimizer):
         lr: float,
         momentum: float,
         weight_decay: float,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"{momentum=} must lie in [0, 1): 0.95 is usual")
@@ -61,15 +63,16 @@ class Muon(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "closures are not used"
         for group in self.param_groups:
-            dtype = self.dtype or (torch.float32 if group["params"][0].device.type == "cpu" else torch.bfloat16)
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
                     # Cast before stacking: in bf16 the copies are half as large.
-                    update = _whole_matrices(self._nesterov(weight, group["momentum"]).to(dtype))
+                    update = _whole_matrices(self._nesterov(weight, group["momentum"]).to(self.dtype))
                     by_shape[tuple(weight.shape[-2:])].append((weight, update.view(-1, *weight.shape[-2:])))
             for shape, pairs in by_shape.items():
-                orthogonal = newton_schulz(torch.cat([stack for _, stack in pairs]))
+                matrices = torch.cat([stack for _, stack in pairs])
+                at_once = CPU_MATRICES if matrices.device.type == "cpu" else len(matrices)
+                orthogonal = torch.cat([newton_schulz(some) for some in matrices.split(at_once)])
                 scale = 0.2 * max(shape) ** 0.5
                 parts = orthogonal.split([len(stack) for _, stack in pairs])
                 for (weight, _), update in zip(pairs, parts, strict=True):

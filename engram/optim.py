@@ -155,7 +155,12 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimConfig, reduce: Reduce = alone, *, tables_are_split: bool = False
+    model: nn.Module,
+    config: OptimConfig,
+    reduce: Reduce = alone,
+    *,
+    tables_are_split: bool = False,
+    muon_dtype: torch.dtype = torch.float32,
 ) -> Optimizers:
     """Group a model's parameters by role and give each group its optimiser.
 
@@ -164,6 +169,7 @@ def build_optimizers(
         config: which optimisers, and their settings.
         reduce: sums over the processes of a run.
         tables_are_split: whether every process holds rows of its own.
+        muon_dtype: of Muon's iteration.
 
     Raises:
         ValueError: a parameter has no role, or dense Adam is asked for stored tables.
@@ -174,7 +180,7 @@ def build_optimizers(
     if config.matrices == "adamw":
         decayed += by_role["matrix"]
     elif by_role["matrix"]:
-        optimizers.append(Muon(by_role["matrix"], config.lr, config.muon_momentum, config.weight_decay))
+        optimizers.append(Muon(by_role["matrix"], config.lr, config.muon_momentum, config.weight_decay, muon_dtype))
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": by_role["vector"], "weight_decay": 0.0},

@@ -43,7 +43,7 @@ class TrainConfig:
     seq_len: int
     optim: OptimConfig
     precision: Literal["bf16", "fp32"] = "bf16"
-    """`bf16` is autocast: fp32 weights, bf16 matrix products."""
+    """`bf16` is autocast: fp32 weights, bf16 matrix products, Muon's among them."""
     eval_tokens: int = 131_072
     """Validation tokens, always the same ones, in whole sequences."""
     eval_every: int = 0

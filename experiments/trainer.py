@@ -67,7 +67,11 @@ class Trainer:
         self.model.to(self.device)
         init_weights(self.model, spec.seed)
         self.optimizers = build_optimizers(
-            self.model, spec.train.optim, self.team.sum, tables_are_split=self.team.size > 1
+            self.model,
+            spec.train.optim,
+            self.team.sum,
+            tables_are_split=self.team.size > 1,
+            muon_dtype=torch.bfloat16 if spec.train.precision == "bf16" else torch.float32,
         )
         self.forward = self.team.wrap(self.model)
         self.order = TrainOrder(shards, spec.train.seq_len, spec.seed)

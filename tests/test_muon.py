@@ -55,6 +55,16 @@ def test_muon_on_matrices_equals_torch_muon(shapes: list[tuple[int, int]]) -> No
         assert relative_error(got, want, start) < 1e-2
 
 
+def test_parts_of_a_stack_that_go_through_the_iteration_apart_are_put_together_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, gradients = [torch.randn(5, 4, 8), torch.randn(4, 8)], [[torch.randn(5, 4, 8), torch.randn(4, 8)]]
+    whole = run_muon(weights, gradients)
+    monkeypatch.setattr("engram.muon.CPU_MATRICES", 2)
+    for parts, at_once in zip(run_muon(weights, gradients), whole, strict=True):
+        torch.testing.assert_close(parts, at_once, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
 def test_muon_on_a_stack_of_experts_equals_torch_muon_on_each(shape: tuple[int, int]) -> None:
     # Gradients of very different size: a norm taken over the whole stack would starve the small experts.
