@@ -50,6 +50,7 @@ report: $(VENV)/.run  ## one HTML page for each budget of your runs, in results/
 	$(RUN) -m analysis report
 
 one-minute: $(VENV)/$(if $(BENCHMARKS)$(TEXT),.eval,.run)  ## train every suite afresh at its one-minute size, redraw what is committed: a quarter of an hour on two cores
+	for place in $(BENCHMARKS) $(TEXT); do test -d $$place || { echo "$$place is no folder"; exit 1; }; done
 	rm -rf build/one-minute
 	for suite in $(SUITES); do $(RUN) -m experiments launch $$suite cpu-smoke runtime.runs_dir=build/one-minute || exit 1; done
 	$(if $(BENCHMARKS),$(SCORE_IT) --data $(BENCHMARKS) --tasks blimp --limit 100)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import zipf_tokens
-from benchmarks.rounds import Contender, Part, in_bf16
+from benchmarks.rounds import Contender, Part, in_bf16, takes_bf16
 from engram.config import EngramConfig, TableConfig
 from engram.hashing import HashSpec, NgramHasher
 from engram.memory import Engram
@@ -42,7 +42,7 @@ GPU = Shape(B=32, T=1024, D=1024, M=4, Q=512, rows=1_000_000)
 def engram_part(device: torch.device, shape: Shape | None = None, *, bf16: bool | None = None) -> Part:
     """Ours with gradients of the rows looked up, theirs with the dense gradient that it has. In bf16 on GPUs."""
     shape = shape or (CPU if device.type == "cpu" else GPU)
-    bf16 = device.type != "cpu" if bf16 is None else bf16
+    bf16 = takes_bf16(device, bf16)
     work = _Work(shape, device, torch.bfloat16 if bf16 else torch.float32)
     total = 2 * shape.heads * shape.rows
     return Part(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.rounds import Contender, Part, in_bf16
+from benchmarks.rounds import Contender, Part, in_bf16, takes_bf16
 from engram.config import MoEConfig
 from engram.moe import RoutedExperts
 
@@ -36,7 +36,7 @@ TRANSFORMERS = ("grouped_mm", "eager", "batched_mm")
 def experts_part(device: torch.device, shape: Shape | None = None, *, bf16: bool | None = None) -> Part:
     """Our experts against each way that transformers has for `OlmoeExperts`. In bf16 on GPUs."""
     shape = shape or (CPU if device.type == "cpu" else GPU)
-    bf16 = device.type != "cpu" if bf16 is None else bf16
+    bf16 = takes_bf16(device, bf16)
     dtype = torch.bfloat16 if bf16 else torch.float32
     work = _Work(shape, device, dtype)
     # batched_mm copies the weights of every routed token: 3 * N * K * D * F values.

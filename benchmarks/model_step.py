@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.inputs import zipf_tokens
-from benchmarks.rounds import Contender, Part, in_bf16
+from benchmarks.rounds import Contender, Part, in_bf16, takes_bf16
 from engram.allocation import allocate
 from engram.config import EngramConfig, GQAConfig, ModelConfig, MoEConfig, OptimConfig, TableConfig
 from engram.counting import count_params, train_flops_per_token
@@ -61,7 +61,7 @@ GPU = Shape(B=8, T=2048, V=129_280, D=1280, heads=16, layers=4, F=1216, E=106, K
 def against_transformers_part(device: torch.device, shape: Shape | None = None, *, bf16: bool | None = None) -> Part:
     """rho = 1 against `OlmoeForCausalLM` of equal shape with fused AdamW. Autocast to bf16 on GPUs."""
     shape = shape or (CPU if device.type == "cpu" else GPU)
-    bf16 = device.type != "cpu" if bf16 is None else bf16
+    bf16 = takes_bf16(device, bf16)
     config, adamw = shape.config(), OptimConfig(lr=LR, matrices="adamw")
     gap = count_params(config).total
     flops = train_flops_per_token(config, shape.T) * shape.B * shape.T
@@ -122,7 +122,7 @@ def memory_part(device: torch.device, shape: Shape | None = None) -> Part:
 def _ours(
     config: ModelConfig, optim: OptimConfig, shape: Shape, device: torch.device, *, bf16: bool | None = None
 ) -> Contender:
-    bf16 = device.type != "cpu" if bf16 is None else bf16
+    bf16 = takes_bf16(device, bf16)
     model = Transformer(config, np.arange(config.vocab_size) if config.memory else None).to(device)
     model.set_sparse_tables(needs_sparse_grad(optim))
     init_weights(model, seed=0)

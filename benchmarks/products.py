@@ -17,7 +17,7 @@ PRODUCTS = (
     "aten::_grouped_mm",
     "aten::_scaled_dot_product_",
 )
-"""Beginnings of operators' names; attention's are counted whole, its softmax too."""
+"""Beginnings of operators' names; attention's hold its softmax too."""
 
 
 def product_seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -27,5 +27,5 @@ def product_seconds(run: Callable[[], None], device: torch.device) -> float:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return sum(getattr(row, time) for row in profiled.key_averages() if row.key.startswith(PRODUCTS)) / 1e6
+    column = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return sum(getattr(row, column) for row in profiled.key_averages() if row.key.startswith(PRODUCTS)) / 1e6

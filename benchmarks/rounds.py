@@ -90,6 +90,11 @@ class Result:
         return min(peers, key=lambda name: statistics.median(self.seconds[name])) if peers else None
 
 
+def takes_bf16(device: torch.device, said: bool | None) -> bool:
+    """Whether a part runs in bf16: on GPUs yes, on CPUs no, unless it is said."""
+    return device.type != "cpu" if said is None else said
+
+
 def in_bf16(name: str, bf16: bool) -> str:
     """Name of a part in that precision."""
     return f"{name}-bf16" if bf16 else name

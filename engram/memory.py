@@ -122,7 +122,7 @@ class Engram(nn.Module):
         if self.gate == "signed_sqrt":
             # The clamp keeps the root's gradient finite at zero, as in the demo and in DeepSeek-V4.1.
             s_BTM1 = s_BTM1.sign() * s_BTM1.abs().clamp_min(1e-6).sqrt()
-        return s_BTM1.sigmoid()
+        return s_BTM1.sigmoid().to(h_BTMD.dtype)
 
 
 class OverEncoding(nn.Module):

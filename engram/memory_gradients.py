@@ -40,7 +40,7 @@ class _GateScore(torch.autograd.Function):
         D = h.shape[-1]
         gain = gain_query * gain_key
         # ds/dh = G k / (rms(h) rms(k) sqrt(D)) - h s / (D rms(h)^2), and the same for k
-        wide = torch.promote_types(h.dtype, k.dtype)
+        wide = torch.promote_types(torch.promote_types(h.dtype, k.dtype), gain.dtype)
         scale = (ds * r_h * r_k / math.sqrt(D)).to(wide)
         along_h, along_k = ((ds * s * r.square() / D).to(wide) for r in (r_h, r_k))
         dh = torch.addcmul(k * gain * scale, h, along_h, value=-1)

@@ -51,7 +51,7 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights [N, K] in fp32 and expert ids [N, K]."""
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores_NE = F.linear(x_ND.float(), self.router_ED).sigmoid()
+            scores_NE = F.linear(x_ND.float(), self.router_ED.float()).sigmoid()
         expert_ids_NK = (scores_NE + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
         scores_NK = scores_NE.gather(-1, expert_ids_NK)
         if self.training:

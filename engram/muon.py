@@ -39,8 +39,8 @@ class Muon(Optimizer):
     """Muon for matrices [a, b] and stacks of matrices [n, a, b]; a stack is n independent matrices.
 
     Args:
-        dtype: of the iteration. bf16, as in Jordan's, is good enough for it; processors without bf16 instructions take
-            seven times as long for it.
+        dtype: of the iteration; fp32 unless told otherwise. bf16, as in Jordan's, is good enough for it; processors
+            without bf16 instructions take seven times as long for it.
 
     Raises:
         ValueError: momentum is outside [0, 1).
@@ -71,8 +71,10 @@ class Muon(Optimizer):
                     by_shape[tuple(weight.shape[-2:])].append((weight, update.view(-1, *weight.shape[-2:])))
             for shape, pairs in by_shape.items():
                 matrices = torch.cat([stack for _, stack in pairs])
-                at_once = CPU_MATRICES if matrices.device.type == "cpu" else len(matrices)
-                orthogonal = torch.cat([newton_schulz(some) for some in matrices.split(at_once)])
+                if matrices.device.type == "cpu":
+                    orthogonal = torch.cat([newton_schulz(some) for some in matrices.split(CPU_MATRICES)])
+                else:
+                    orthogonal = newton_schulz(matrices)
                 scale = 0.2 * max(shape) ** 0.5
                 parts = orthogonal.split([len(stack) for _, stack in pairs])
                 for (weight, _), update in zip(pairs, parts, strict=True):

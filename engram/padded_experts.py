@@ -2,10 +2,10 @@
 
     y_t = sum over the experts e of token t of  W_down,e g_te h_te,    h_te = silu(W_gate,e x_t) * (W_up,e x_t)
 
-Experts are taken by falling load, first one, then 2, 4 and 8 at a time, and the tokens of a chunk are padded to its
-fullest expert: experts of like load share a product, so that little is padded even where the router is far from
-balanced. What a chunk needs fits a core's cache, and the only tensors of all rows are two of width F and one of width
-D. A padded row reads token 0 with weight 0: it adds nothing, to outputs or gradients.
+Experts are taken by falling load, up to `CHUNK` at a time, and the tokens of a chunk are padded to its fullest expert:
+experts of like load share a product, so that little is padded even where the router is far from balanced. What a chunk
+needs fits a core's cache, and the only tensors of all rows are two of width F and one of width D. A padded row reads
+token 0 with weight 0: while that token is finite it adds nothing, to outputs or gradients.
 
 P: rows, routed tokens and padding. In a chunk n: experts, C: rows of each.
 """

@@ -55,7 +55,7 @@ class HyperConnection(nn.Module):
         """Return H_pre [B, T, M], H_post [B, T, M] and H_res [B, T, M, M]; H_res[i, j] carries stream i to j."""
         with torch.autocast(x_BTMD.device.type, enabled=False):
             flat = F.rms_norm(x_BTMD.float().flatten(2), (x_BTMD.shape[2] * x_BTMD.shape[3],), eps=self.norm_eps)
-            pre, post, res = F.linear(flat, self.stream_phi).split(self.sizes, dim=-1)
+            pre, post, res = F.linear(flat, self.stream_phi.float()).split(self.sizes, dim=-1)
             pre_b, post_b, res_b = self.stream_bias.split(self.sizes)
             pre_a, post_a, res_a = self.stream_alpha.unbind()
             H_pre = torch.sigmoid(pre_a * pre + pre_b) + _EPS
@@ -65,10 +65,11 @@ class HyperConnection(nn.Module):
 
     def forward(self, x_BTMD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         H_pre, H_post, H_res = self.maps(x_BTMD)
-        y_BTD = sublayer((H_pre[..., None] * x_BTMD).sum(2))
+        y_BTD = sublayer((H_pre[..., None] * x_BTMD).sum(2).to(x_BTMD.dtype))
         # Autocast would round the streams to bf16 in every sub-layer.
         with torch.autocast(x_BTMD.device.type, enabled=False):
-            return H_res.transpose(-1, -2) @ x_BTMD + H_post[..., None] * y_BTD[:, :, None]
+            mixed_BTMD = H_res.transpose(-1, -2) @ x_BTMD.float() + H_post[..., None] * y_BTD[:, :, None]
+            return mixed_BTMD.to(x_BTMD.dtype)
 
 
 def _sinkhorn(scores: Tensor, iterations: int) -> Tensor:

@@ -251,3 +251,8 @@ def test_without_fusion_one_gate_serves_all_streams_and_counts_as_one() -> None:
     assert built == count_params(config).total
     fused = count_params(tiny_config(n_streams=M, engram=tiny_engram())).memory_module
     assert count_params(config).memory_module < fused
+
+
+def test_a_layer_cast_to_bf16_returns_bf16() -> None:
+    h_BTMD = random_(B, T, M, D).bfloat16()
+    assert engram_layer().bfloat16()(h_BTMD, some_rows(), None).dtype == torch.bfloat16

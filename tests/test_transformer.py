@@ -232,3 +232,15 @@ def test_without_fusion_memory_is_read_and_written_where_attention_is() -> None:
     moved = (seen[0] - x_BTMD).abs().amax((0, 1, 3))
     assert moved[0] > 0.1
     assert moved[1:].max() < 1e-4
+
+
+@pytest.mark.parametrize("n_streams", [1, 2])
+def test_a_model_cast_to_bf16_stays_in_it_and_near_itself(n_streams: int) -> None:
+    """As `from_pretrained(dtype=torch.bfloat16)` loads it; logits within 5 percent of their norm."""
+    model = tiny_model(tiny_config(engram=tiny_engram(), n_streams=n_streams)).eval()
+    tokens_BT = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = model(tokens_BT)
+        rough = model.bfloat16()(tokens_BT)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).norm() < 0.05 * exact.norm()
