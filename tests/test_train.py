@@ -22,6 +22,7 @@ from conftest import tiny_engram, tiny_tables
 from tiny_study import STEPS, VOCAB, build_shards, study_run
 
 from engram.config import EngramConfig, OptimConfig, OverEncodingConfig
+from engram.muon import Muon
 from experiments.rundir import RunDir
 from experiments.settings import Run, Runtime, UserError
 from experiments.shards import Shards
@@ -127,6 +128,12 @@ def test_micro_batches_change_only_rounding(arm: str, shards: Shards) -> None:
         loss = whole.train_step()["loss"]
         for part in parts:
             assert part.train_step()["loss"] == pytest.approx(loss, abs=2e-6 if step < 3 else 1e-3)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_muon_iterates_in_the_precision_of_the_run(precision: str, dtype: torch.dtype, shards: Shards) -> None:
+    trainer = Trainer(study_run(shards, precision=precision).spec, shards, EVERY_STEP)
+    assert [o.dtype for o in trainer.optimizers.optimizers if isinstance(o, Muon)] == [dtype]
 
 
 def test_runs_of_one_seed_see_the_same_data_and_start_from_the_same_shared_weights(shards: Shards) -> None:
