@@ -31,6 +31,9 @@ class Shape:
 CPU = Shape(N=4096, D=256, F=128, E=106, K=6)
 GPU = Shape(N=32768, D=1024, F=512, E=64, K=6)
 TRANSFORMERS = ("grouped_mm", "eager", "batched_mm")
+SONIC = ("sonicmoe", "scattermoe", "torch")
+NOTE_BF16 = "every round has the same routing; where it differs, bf16 products of a new size cost a compilation"
+NOTE_CUDA = "sonic-moe routes for itself, within its time, so its outputs are not compared"
 
 
 def experts_part(device: torch.device, shape: Shape | None = None, *, bf16: bool | None = None) -> Part:
@@ -45,6 +48,9 @@ def experts_part(device: torch.device, shape: Shape | None = None, *, bf16: bool
     for way in peers:
         contenders[f"transformers {way}"] = lambda way=way: work.contender(work.olmoe(way))  # type: ignore[misc]
     contenders["sorted loop"] = lambda: work.contender(work.loop())
+    if device.type == "cuda":
+        for way in SONIC:
+            contenders[f"sonic-moe {way}"] = lambda way=way: work.sonic(way)  # type: ignore[misc]
     return Part(
         name=in_bf16("experts", bf16),
         what=f"expert layer, forward + backward{', bf16' if bf16 else ''}: {shape}",
@@ -52,9 +58,7 @@ def experts_part(device: torch.device, shape: Shape | None = None, *, bf16: bool
         at_least=True,
         contenders=contenders,
         tolerance=2e-2 if bf16 else 1e-4,
-        note="every round has the same routing; where it differs, bf16 products of a new size cost a compilation"
-        if bf16 and device.type == "cpu"
-        else "",
+        note=NOTE_CUDA if device.type == "cuda" else NOTE_BF16 if bf16 else "",
     )
 
 
@@ -124,6 +128,32 @@ class _Work:
             return [*layer.gate_up_proj.grad.split(s.F, dim=1), layer.down_proj.grad]
 
         return lambda x, g, ids: layer(x, ids, g), [layer.gate_up_proj, layer.down_proj], gradients
+
+    def sonic(self, way: str) -> Contender:
+        """The same sizes in sonic-moe (Python 3.12, CUDA 12.9, Hopper or newer), by one of its three ways."""
+        from sonicmoe import KernelBackendMoE, MoE
+        from sonicmoe.enums import ActivationType
+
+        s = self.shape
+        layer = MoE(
+            num_experts=s.E,
+            num_experts_per_tok=s.K,
+            hidden_size=s.D,
+            intermediate_size=s.F,
+            activation_function=ActivationType.SWIGLU,
+            add_bias=False,
+            std=0.02,
+        ).to(self.device, self.dtype)
+        x_ND = self.draw(s.N, s.D, seed=4).requires_grad_()
+        direction_ND = self.draw(s.N, s.D, seed=5)
+
+        def run() -> None:
+            x_ND.grad = None
+            layer.zero_grad(set_to_none=True)
+            y_ND, _ = layer(x_ND, kernel_backend_moe=getattr(KernelBackendMoE, way))
+            y_ND.backward(direction_ND)
+
+        return Contender(run)
 
     def loop(self) -> Layer:
         """Tokens sorted by expert, then one product after the other over their slices."""

@@ -74,6 +74,7 @@ def against_transformers_part(device: torch.device, shape: Shape | None = None, 
             "engram, AdamW": lambda: _ours(config, adamw, shape, device, bf16=bf16),
             "transformers OlmoeForCausalLM, grouped_mm": lambda: _olmoe(shape, device, bf16=bf16),
         },
+        flops=flops,
         note=f"{gap / 1e6:.1f}M parameters and {flops / 1e12:.3f} TFLOP a step; the two route differently (sigmoid and "
         "softmax), so their outputs are not compared, but their experts are in the first line",
     )

@@ -15,6 +15,8 @@ from benchmarks.rounds import Result
 from benchmarks.sweep_time import SweepTime
 
 SWEEP_TARGET = 1.05
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 products a second, by what a GPU's name holds (NVIDIA's data sheets, SXM)."""
 
 
 def summary(results: Sequence[Result], sweep: SweepTime | None, large: str | None, rounds: int, threads: int) -> str:
@@ -60,7 +62,7 @@ def machine(threads: int) -> list[str]:
             cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU: what needs one was not run"
+    gpu = f", {_gpu()}" if torch.cuda.is_available() else ", no GPU: what needs one was not run"
     capability = torch.backends.cpu.get_cpu_capability()
     return [
         f"{datetime.date.today()}: {cpu}, {threads} threads{gpu}; CPU capability {capability}; "
@@ -97,6 +99,7 @@ def _details(result: Result) -> list[str]:
     lines = []
     for name, seconds in result.seconds.items():
         said = f"outputs differ by {result.differing[name]:.1e}: no ratio" if name in result.differing else ""
+        said = said or utilisation(result.part.flops, statistics.median(seconds), _gpu())
         ms = [1e3 * s for s in seconds]
         products = f"{1e3 * result.product_seconds[name]:.1f}" if result.product_seconds.get(name) else "-"
         lines.append(
@@ -104,6 +107,16 @@ def _details(result: Result) -> list[str]:
             f"{result.memory_mib[name]:,.0f} | {said} |"
         )
     return lines + [f"| {result.part.name} | {name} | - | - | - | - | {why} |" for name, why in result.missing.items()]
+
+
+def utilisation(flops: float | None, seconds: float, gpu: str | None) -> str:
+    """Share of a GPU's peak that the work reached, in words; nothing where the work or the peak is not known."""
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if gpu is not None and name in gpu]
+    return f"MFU {flops / seconds / peaks[0]:.0%}" if flops and peaks else ""
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _version(package: str) -> str:

@@ -51,6 +51,8 @@ class Part:
     """Ours first. The ratio is the fastest peer's time over ours, or ours over the peer's for a slow-down."""
     tolerance: float = 1e-4
     """Largest difference of outputs, relative to their norm."""
+    flops: float | None = None
+    """Floating-point operations of the work; with them and a GPU's peak the utilisation (MFU) is told."""
     note: str = ""
     """What a reader must know to read the ratio."""
 

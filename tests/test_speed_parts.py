@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import engram_layer, experts, rounds
 from benchmarks.parts import worth_running
 from benchmarks.products import product_seconds
-from benchmarks.report import summary
+from benchmarks.report import summary, utilisation
 from benchmarks.rounds import Contender, Part, Result, run_part
 
 CPU = torch.device("cpu")
@@ -93,3 +93,26 @@ def test_products_are_told_from_the_work_around_them() -> None:
 def test_bf16_parts_run_only_where_they_say_something() -> None:
     assert not worth_running("experts-bf16", torch.device("cuda"))
     assert worth_running("experts", CPU)
+
+
+def test_utilisation_is_told_only_where_work_and_peak_are_known() -> None:
+    assert utilisation(989e12, 2.0, "NVIDIA H100 80GB HBM3") == "MFU 50%"
+    assert utilisation(None, 2.0, "NVIDIA H100 80GB HBM3") == ""
+    assert utilisation(989e12, 2.0, None) == ""
+    assert utilisation(989e12, 2.0, "another") == ""
+
+
+def test_a_peer_that_is_not_installed_is_named() -> None:
+    def build() -> Contender:
+        raise ImportError("No module named 'sonicmoe'")
+
+    part = part_of(ours=[1.0])
+    part.contenders["sonic-moe"] = build
+    result = run_part(part, CPU, 1, quiet)
+    assert result.missing == {"sonic-moe": "No module named 'sonicmoe'"}
+    assert "| p | sonic-moe | - | - | - | - | No module named 'sonicmoe' |" in summary([result], None, None, 1, 1)
+
+
+def test_on_a_gpu_every_peer_takes_part() -> None:
+    peers = set(experts.experts_part(torch.device("cuda")).contenders)
+    assert {"sonic-moe sonicmoe", "sonic-moe scattermoe", "sonic-moe torch", "transformers grouped_mm"} < peers
