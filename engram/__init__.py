@@ -8,6 +8,7 @@ One letter legend holds for the whole package. A tensor's suffix names its logic
     D  d_model                  F  hidden width of an FFN    S  rows of all tables of one layer
     V  vocabulary               H  attention heads           M  residual streams
     L  memory layers            C  channels of a head        J  convolution taps
+    Q  row width of all lookups of a token, G * P            U  routed tokens, padded
 
 The names below can be imported from here, `from engram import Engram, EngramConfig`; docs/engram-module.md shows how to
 put the memory into a model of your own.

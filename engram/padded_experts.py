@@ -7,7 +7,7 @@ experts of like load share a product, so that little is padded even where the ro
 needs fits a core's cache, and the only tensors of all rows are two of width F and one of width D. A padded row reads
 token 0 with weight 0: while that token is finite it adds nothing, to outputs or gradients.
 
-P: rows, routed tokens and padding. In a chunk n: experts, C: rows of each.
+U: rows, routed tokens and padding. In a chunk n: experts, A: rows of each.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ ROUND_BF16 = 32
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some experts, and where their rows lie in P."""
+    """Some experts, and where their rows lie in U."""
 
     experts_n: Tensor
-    tokens_nC: Tensor
+    tokens_nA: Tensor
     start: int
 
-    def rows(self, x_P: Tensor) -> Tensor:
-        """[n, C, ..], a view."""
-        return x_P[self.start : self.start + self.tokens_nC.numel()].unflatten(0, self.tokens_nC.shape)
+    def rows(self, x_U: Tensor) -> Tensor:
+        """[n, A, ..], a view."""
+        return x_U[self.start : self.start + self.tokens_nA.numel()].unflatten(0, self.tokens_nA.shape)
 
     def read(self, x_ND: Tensor) -> Tensor:
-        """[n, C, D], the tokens of the rows."""
-        return x_ND.index_select(0, self.tokens_nC.flatten()).unflatten(0, self.tokens_nC.shape)
+        """[n, A, D], the tokens of the rows."""
+        return x_ND.index_select(0, self.tokens_nA.flatten()).unflatten(0, self.tokens_nA.shape)
 
     def weights(self, *w_E: Tensor) -> list[Tensor]:
         """[n, ..] of each."""
@@ -54,25 +54,25 @@ def _lay_out(ids_NK: Tensor, gate_EFD: Tensor, multiple: int) -> tuple[list[_Chu
     n_experts, d_expert, d_model = gate_EFD.shape
     slack = CALL_FLOPS // (18 * d_model * d_expert)
     loads_E, experts_E = torch.bincount(ids_NK.flatten(), minlength=n_experts).sort(descending=True, stable=True)
-    loads, first, P = loads_E.tolist(), 0, 0
+    loads, first, U = loads_E.tolist(), 0, 0
     first_row_E, spans = torch.zeros_like(experts_E), []
     while first < n_experts and loads[first] > 0:
-        n, C = 1, -(-loads[first] // multiple) * multiple
+        n, A = 1, -(-loads[first] // multiple) * multiple
         while n < CHUNK and first + n < n_experts and loads[first + n] >= loads[first] - slack:
             n += 1
-        first_row_E[first : first + n] = torch.arange(P, P + n * C, C)
-        spans.append((first, n, C, P))
-        first, P = first + n, P + n * C
+        first_row_E[first : first + n] = torch.arange(U, U + n * A, A)
+        spans.append((first, n, A, U))
+        first, U = first + n, U + n * A
 
     rank_E = torch.empty_like(experts_E).scatter_(0, experts_E, torch.arange(n_experts))
     rank_R, order_R = rank_E[ids_NK.flatten()].sort(stable=True)  # R = N K routed tokens
     before_E = loads_E.cumsum(0) - loads_E
     row_R = torch.arange(len(order_R)) + (first_row_E - before_E)[rank_R]
     rows_NK = torch.empty_like(order_R).scatter_(0, order_R, row_R).view_as(ids_NK)
-    tokens_P = torch.zeros(P, dtype=torch.long).scatter_(0, row_R, order_R // ids_NK.shape[1])
+    tokens_U = torch.zeros(U, dtype=torch.long).scatter_(0, row_R, order_R // ids_NK.shape[1])
     chunks = [
-        _Chunk(experts_E[first : first + n], tokens_P[start : start + n * C].view(n, C), start)
-        for first, n, C, start in spans
+        _Chunk(experts_E[first : first + n], tokens_U[start : start + n * A].view(n, A), start)
+        for first, n, A, start in spans
     ]
     return chunks, rows_NK, experts_E[first:]
 
@@ -83,46 +83,46 @@ class _PaddedExperts(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, g_NK: Tensor, ids_NK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
     ) -> Tensor:
         chunks, rows_NK, idle = _lay_out(ids_NK, gate_EFD, ROUND_BF16 if x_ND.dtype == torch.bfloat16 else 1)
-        P = sum(chunk.tokens_nC.numel() for chunk in chunks)
-        g_P = x_ND.new_zeros(P).scatter_(0, rows_NK.flatten(), g_NK.flatten().to(x_ND.dtype))
-        a_PF, b_PF = (x_ND.new_empty(P, gate_EFD.shape[1]) for _ in range(2))
-        out_PD = x_ND.new_empty(P, x_ND.shape[1])
+        U = sum(chunk.tokens_nA.numel() for chunk in chunks)
+        g_U = x_ND.new_zeros(U).scatter_(0, rows_NK.flatten(), g_NK.flatten().to(x_ND.dtype))
+        a_UF, b_UF = (x_ND.new_empty(U, gate_EFD.shape[1]) for _ in range(2))
+        out_UD = x_ND.new_empty(U, x_ND.shape[1])
         for chunk in chunks:
             x, (gate, up, down) = chunk.read(x_ND), chunk.weights(gate_EFD, up_EFD, down_EDF)
-            a = torch.bmm(x, gate.mT, out=chunk.rows(a_PF))
-            b = torch.bmm(x, up.mT, out=chunk.rows(b_PF))
+            a = torch.bmm(x, gate.mT, out=chunk.rows(a_UF))
+            b = torch.bmm(x, up.mT, out=chunk.rows(b_UF))
             # Weighing before the last product is the same sum, over rows of width F instead of D.
-            gh = F.silu(a).mul_(b).mul_(chunk.rows(g_P)[..., None])
-            torch.bmm(gh, down.mT, out=chunk.rows(out_PD))
+            gh = F.silu(a).mul_(b).mul_(chunk.rows(g_U)[..., None])
+            torch.bmm(gh, down.mT, out=chunk.rows(out_UD))
         ctx.chunks, ctx.rows_NK, ctx.idle = chunks, rows_NK, idle
-        ctx.save_for_backward(x_ND, g_P, gate_EFD, up_EFD, down_EDF, a_PF, b_PF)
-        return F.embedding_bag(rows_NK, out_PD, mode="sum")
+        ctx.save_for_backward(x_ND, g_U, gate_EFD, up_EFD, down_EDF, a_UF, b_UF)
+        return F.embedding_bag(rows_NK, out_UD, mode="sum")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, g_P, gate_EFD, up_EFD, down_EDF, a_PF, b_PF = ctx.saved_tensors
-        dg_P, dx_PD = torch.empty_like(g_P), x_ND.new_empty(len(g_P), x_ND.shape[1])
+        x_ND, g_U, gate_EFD, up_EFD, down_EDF, a_UF, b_UF = ctx.saved_tensors
+        dg_U, dx_UD = torch.empty_like(g_U), x_ND.new_empty(len(g_U), x_ND.shape[1])
         dgate_EFD, dup_EFD, ddown_EDF = (
             torch.empty_like(w).index_fill_(0, ctx.idle, 0) for w in (gate_EFD, up_EFD, down_EDF)
         )
         for chunk in ctx.chunks:
             x, (gate, up, down) = chunk.read(x_ND), chunk.weights(gate_EFD, up_EFD, down_EDF)
-            dy, a, b = chunk.read(dy_ND), chunk.rows(a_PF), chunk.rows(b_PF)
-            g = chunk.rows(g_P)[..., None]
+            dy, a, b = chunk.read(dy_ND), chunk.rows(a_UF), chunk.rows(b_UF)
+            g = chunk.rows(g_U)[..., None]
             silu_a = F.silu(a)
             h = silu_a * b
             dgh = torch.bmm(dy, down)
-            torch.sum(dgh * h, -1, out=chunk.rows(dg_P))
+            torch.sum(dgh * h, -1, out=chunk.rows(dg_U))
             ddown_EDF.index_copy_(0, chunk.experts_n, torch.bmm(dy.mT, h.mul_(g)))
             dh = dgh.mul_(g)
             db = silu_a.mul_(dh)
             da = torch.ops.aten.silu_backward(dh.mul_(b), a)
             dgate_EFD.index_copy_(0, chunk.experts_n, torch.bmm(da.mT, x))
             dup_EFD.index_copy_(0, chunk.experts_n, torch.bmm(db.mT, x))
-            torch.bmm(da, gate, out=chunk.rows(dx_PD)).baddbmm_(db, up)
-        dx_ND = F.embedding_bag(ctx.rows_NK, dx_PD, mode="sum")
-        return dx_ND, dg_P[ctx.rows_NK], None, dgate_EFD, dup_EFD, ddown_EDF
+            torch.bmm(da, gate, out=chunk.rows(dx_UD)).baddbmm_(db, up)
+        dx_ND = F.embedding_bag(ctx.rows_NK, dx_UD, mode="sum")
+        return dx_ND, dg_U[ctx.rows_NK], None, dgate_EFD, dup_EFD, ddown_EDF
 
 
 def experts_padded(

@@ -103,7 +103,7 @@ def test_padding_is_little_and_padded_products_are_few_however_uneven_the_load(m
         chances_E = (1.0 + torch.arange(64)) ** -power
         ids_NK = torch.multinomial(chances_E.expand(2048, -1), 4, generator=torch.Generator().manual_seed(3))
         chunks, _, _ = padded._lay_out(ids_NK, gate_EFD, 1)
-        assert sum(chunk.tokens_nC.numel() for chunk in chunks) < ids_NK.numel() + 8 * 64
+        assert sum(chunk.tokens_nA.numel() for chunk in chunks) < ids_NK.numel() + 8 * 64
         assert max(len(chunk.experts_n) for chunk in chunks) <= padded.CHUNK
         if power == 0:
             assert len(chunks) < 32
