@@ -1,4 +1,4 @@
-# make sweep                         install, build the corpus, train, fit, draw (16 minutes on two cores)
+# make sweep                         install, build the corpus, train, fit, draw (12 to 16 minutes on two cores)
 # make sweep BUDGET=cpu-smoke        the same in two minutes; SUITE=... picks another suite
 # make figures                       redraw and judge everything committed, from the committed rows
 # make one-minute                    run every suite for a minute, measure its speed and redraw what is shown of it;

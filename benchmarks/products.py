@@ -11,9 +11,7 @@ PRODUCTS = (
     "aten::mm",
     "aten::bmm",
     "aten::addmm",
-    "aten::addmm_",
     "aten::baddbmm",
-    "aten::baddbmm_",
     "aten::_grouped_mm",
     "aten::_scaled_dot_product_",
 )

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.rounds import Result
 from benchmarks.sweep_time import SweepTime
+from experiments.final import cpu_name
 
 SWEEP_TARGET = 1.05
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -56,16 +57,10 @@ def summary(results: Sequence[Result], sweep: SweepTime | None, large: str | Non
 
 def machine(threads: int) -> list[str]:
     """What ran it."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     gpu = f", {_gpu()}" if torch.cuda.is_available() else ", no GPU: what needs one was not run"
     capability = torch.backends.cpu.get_cpu_capability()
     return [
-        f"{datetime.date.today()}: {cpu}, {threads} threads{gpu}; CPU capability {capability}; "
+        f"{datetime.date.today()}: {cpu_name()}, {threads} threads{gpu}; CPU capability {capability}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {_version('transformers')}.",
     ]
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.products import product_seconds
+from experiments.peak_memory import peak_since, resident, restart_peak
 
 ROUNDS = 7
 MEMORY_RUNS = 3
@@ -167,22 +168,14 @@ def _memory_of(part: str, contender: str, device: torch.device) -> float:
 
 
 def peak_memory(build: Callable[[], Contender], device: torch.device) -> float:
-    """Peak of a few runs above the memory held before, in MiB. Call it in a fresh process."""
+    """Peak of a few runs above the memory held before, in MiB; nan where the system does not tell. Call it in a fresh
+    process."""
     contender = build()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        for _ in range(MEMORY_RUNS):
-            contender.run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     gc.collect()
-    before = _status_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    restarted = restart_peak(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
     for _ in range(MEMORY_RUNS):
         contender.run()
-    return (_status_kib("VmHWM") - before) / 2**10
-
-
-def _status_kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+    peak = peak_since(device, restarted=restarted)
+    most = peak.device if device.type == "cuda" else peak.host
+    return float("nan") if most is None or before is None else (most - before) / 2**20
