@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,37 @@ class Sweep:
 
     def steps(self) -> list[int]:
         """How far every run is, from its files alone: cheap to ask often."""
-        return [len(lines(path / "metrics.jsonl")) for path in self.dirs()]
+        return [n_steps(path) for path in self.dirs()]
 
     def finished(self) -> bool:
         return all((path / "final.json").exists() for path in self.dirs())
 
     def wait_for_step(self, step: int) -> None:
         wait(lambda: bool(self.steps()) and min(self.steps()) >= step, self.log)
+
+    @contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """Workers (their process ids) stand still, and go on afterwards.
+
+        So how fast a machine trains does not decide whether a run is over before SLURM interferes.
+        """
+        pids = [pid for path in self.dirs() for pid in workers_of(path)]
+        assert pids, "no worker to hold"
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pids
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    @contextmanager
+    def held_until_told_to_stop(self) -> Iterator[None]:
+        """The same, and what happens inside must bring a worker a TERM."""
+        with self.held() as pids:
+            yield
+            wait(lambda: any(told_to_stop(pid) for pid in pids), self.log)
 
     def wait_to_end(self) -> None:
         wait(self.finished, self.log)
@@ -171,6 +195,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
+def n_steps(run_dir: Path) -> int:
+    """How far a run is."""
+    return len(lines(run_dir / "metrics.jsonl"))
+
+
 def wait(true: Callable[[], bool], explain: Callable[[], str] = str, seconds: float = PATIENCE_S) -> None:
     give_up = time.monotonic() + seconds
     while not true():
@@ -189,6 +218,15 @@ def workers_of(run_dir: Path) -> list[int]:
         if b"experiments" in words and b"run" in words and str(run_dir).encode() in words:
             found.append(int(entry.name))
     return found
+
+
+def told_to_stop(pid: int) -> bool:
+    """Whether a stopped process has a TERM waiting, or is not stopped any more: SLURM wakes what it ends."""
+    try:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    except OSError:
+        return True
+    return not status["State"].strip().startswith("T") or bool(int(status["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def kill_worker(run_dir: Path) -> None:

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import ROOT, Cluster, Sweep, cluster, kill_worker, require_slurm, wait, write_budget
+from cluster import ROOT, Cluster, Sweep, cluster, kill_worker, n_steps, require_slurm, wait, write_budget
 
 from experiments.rundir import RunDir
 
 STEPS = 48
 LONG = ("train.tokens=614400", "rhos=[0.5]")
-LONG_STEPS = 300  # some ten seconds on an idle core: long enough for SLURM to interfere
+LONG_STEPS = 300
 LONGER = ("train.tokens=2457600", "rhos=[0.5]")
-LONGER_STEPS = 1200  # beyond a time limit of a minute
+LONGER_STEPS = 1200
 
 
 @pytest.fixture(scope="session")
@@ -106,8 +106,8 @@ def test_kill_9_of_the_worker_fails_the_job_and_the_next_launch_repeats_only_tha
 ) -> None:
     sweep = Sweep(tmp_path, budget, slurm)
     sweep.submit()
-    sweep.wait_for_step(3)
     victim, other = sweep.dirs()
+    wait(lambda: n_steps(victim) >= 3, sweep.log)
     kill_worker(victim)
     wait(lambda: (other / "final.json").exists(), sweep.log)
     wait(slurm.empty)
@@ -126,7 +126,8 @@ def test_a_cancelled_run_saves_and_goes_on_with_the_next_launch(
     sweep = Sweep(tmp_path, budget, slurm, *LONG, "seeds=[0,1]")
     sweep.submit("array_parallelism=1")
     wait(lambda: max(sweep.steps(), default=0) >= 3, sweep.log)
-    assert "cancelled 1 running and 1 queued" in sweep.call("cancel")
+    with sweep.held_until_told_to_stop():
+        assert "cancelled 1 running and 1 queued" in sweep.call("cancel")
     assert sweep.call("cancel").startswith(("nothing to cancel", "cancelled 1 ending"))
     # Waits until the cancelled job has gone: it might have been requeued.
     assert "submitted 2 runs" in sweep.submit()
@@ -141,8 +142,9 @@ def test_a_sweep_begun_in_slurm_is_finished_here(slurm: Cluster, budget: Path, a
     sweep = Sweep(tmp_path, budget, slurm, *LONG)
     sweep.submit()
     sweep.wait_for_step(3)
-    assert "left to another process" in sweep.call("launch", code=1), "SLURM's run was taken"
-    sweep.call("cancel")
+    with sweep.held_until_told_to_stop():
+        assert "left to another process" in sweep.call("launch", code=1), "SLURM's run was taken"
+        sweep.call("cancel")
     wait(slurm.empty)
     sweep.call("launch")
     assert sweep.results() == at_home(*LONG)
@@ -157,7 +159,8 @@ def test_a_preempted_run_saves_is_requeued_and_goes_on(
     sweep = Sweep(tmp_path, budget, slurm, *LONG)
     sweep.submit()
     sweep.wait_for_step(5)
-    slurm.preempt(seconds=20)
+    with sweep.held_until_told_to_stop():
+        slurm.preempt(seconds=20)
     wait(lambda: sweep.states() == ["requeued"], sweep.log)
     assert "nothing to submit" in sweep.submit(), "a requeued run was submitted again"
     sweep.wait_to_end()
@@ -174,7 +177,8 @@ def test_a_cluster_that_preempts_with_sigterm_loses_nothing_either(
         sweep = Sweep(tmp_path, budget, slurm, *LONG)
         sweep.submit()
         sweep.wait_for_step(5)
-        slurm.preempt(seconds=5)
+        with sweep.held_until_told_to_stop():
+            slurm.preempt(seconds=5)
         sweep.wait_to_end()
         assert sweep.results() == at_home(*LONG)
         assert sweep.events() == [["start", "interrupted", "start"]]
@@ -188,7 +192,8 @@ def test_several_processes_of_one_run_are_preempted_and_go_on(
     sweep = Sweep(tmp_path, budget, slurm, *LONG)
     sweep.submit("tasks_per_node=2")
     sweep.wait_for_step(5)
-    slurm.preempt(seconds=5)
+    with sweep.held_until_told_to_stop():
+        slurm.preempt(seconds=5)
     sweep.wait_to_end()
     assert sweep.results() == at_home(*LONG, "runtime.processes=2")
     assert sweep.events() == [["start", "interrupted", "start"]]
@@ -199,14 +204,17 @@ def test_several_processes_of_one_run_are_preempted_and_go_on(
 def test_a_run_longer_than_its_time_limit_is_requeued_until_it_is_done(
     slurm: Cluster, budget: Path, at_home: AtHome, tmp_path: Path
 ) -> None:
-    sweep = Sweep(tmp_path, budget, slurm, *LONGER)
+    sweep = Sweep(tmp_path, budget, slurm, *LONG)
     sweep.submit("time=1")
+    sweep.wait_for_step(5)
+    with sweep.held_until_told_to_stop():
+        pass  # until the minute is over
     wait(sweep.finished, sweep.log, seconds=900)
-    assert sweep.results() == at_home(*LONGER)
+    assert sweep.results() == at_home(*LONG)
     (events,) = sweep.events()
     assert events.count("start") >= 2, "the limit was never reached"
     assert events == (["start", "interrupted"] * len(events))[: len(events)]
-    assert sweep.steps_taken() == [list(range(1, LONGER_STEPS + 1))]
+    assert sweep.steps_taken() == [list(range(1, LONG_STEPS + 1))]
 
 
 @pytest.mark.slow
@@ -216,7 +224,8 @@ def test_a_run_requeued_by_hand_saves_and_goes_on(
     sweep = Sweep(tmp_path, budget, slurm, *LONG)
     sweep.submit()
     sweep.wait_for_step(5)
-    slurm.call("scontrol", "requeue", sweep.job())
+    with sweep.held_until_told_to_stop():
+        slurm.call("scontrol", "requeue", sweep.job())
     sweep.wait_to_end()
     assert sweep.results() == at_home(*LONG)
     assert sweep.events() == [["start", "interrupted", "start"]]
@@ -230,9 +239,10 @@ def test_a_killed_slurmd_that_comes_back_disturbs_nothing(
     sweep = Sweep(tmp_path, budget, slurm, *LONG)
     sweep.submit()
     sweep.wait_for_step(3)
-    os.kill(slurm.pid("slurmd"), signal.SIGKILL)
-    time.sleep(2)
-    slurm.start_what_is_down()
+    with sweep.held():
+        os.kill(slurm.pid("slurmd"), signal.SIGKILL)
+        time.sleep(2)
+        slurm.start_what_is_down()
     sweep.wait_to_end()
     wait(slurm.empty)
     assert sweep.results() == at_home(*LONG)
@@ -246,10 +256,12 @@ def test_a_run_on_a_node_that_was_given_up_is_not_trained_twice(budget: Path, at
         sweep = Sweep(tmp_path, budget, slurm, *LONGER, "runtime.checkpoint_every_s=1")
         sweep.submit()
         sweep.wait_for_step(50)
-        os.kill(slurm.pid("slurmd"), signal.SIGKILL)
-        wait(lambda: slurm.call("squeue", "-h", "-o", "%T").strip() == "PENDING", sweep.log)
-        (row,) = sweep.rows()
-        assert (row["state"], row["slurm"]) == ("running", "PENDING")
+        with sweep.held():
+            os.kill(slurm.pid("slurmd"), signal.SIGKILL)
+            wait(lambda: slurm.call("squeue", "-h", "-o", "%T").strip() == "PENDING", sweep.log)
+            (row,) = sweep.rows()
+            assert (row["state"], row["slurm"]) == ("running", "PENDING")
+        sweep.wait_for_step(70)
         slurm.start_what_is_down()
         wait(sweep.finished, sweep.log, seconds=600)
         assert sweep.results() == at_home(*LONGER)
