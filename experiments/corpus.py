@@ -6,9 +6,7 @@
       token_bytes.npy         bytes of text that each token stands for
       manifest.json           counts, hashes and versions
 
-Each document falls by its own hash into one of three parts that never overlap: training text, validation text, and the
-text that only the tokenizer is trained on. Exact duplicates are dropped. Bounded parts keep the documents of lowest
-hash, a uniform sample of the whole corpus.
+Which document goes into which of them is survey.py's subject.
 """
 
 from __future__ import annotations
@@ -16,87 +14,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import heapq
 import json
 import platform
 import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from experiments.corpus_meter import Meter
 from experiments.settings import DataConfig, UserError, canonical
-from experiments.sources import file_state, fingerprint, read_source, split_sources
+from experiments.sources import file_state, fingerprint
+from experiments.survey import Survey, survey_corpus, train_texts
 from experiments.tokenizers import begin_token, encode, load_tokenizer, text_bytes, tokenizer_file, train_bpe
 
 SCHEMA = 2
-_VALID_SHARE, _TOKENIZER_SHARE = 0.03, 0.07
-_VALID_BYTES, _TOKENIZER_BYTES = 32_000_000, 20_000_000  # more would change nothing that is measured
-_LINE_EVERY_S = 30.0
-
-
-class _Sample:
-    """Of the documents added, in whatever order, those of lowest hash that fit into `max_bytes`.
-
-    A bound of 0 takes all, and then keeps no texts.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.documents, self.n_bytes = max_bytes, 0, 0
-        self._end = 2**256  # every document from this hash on is left out
-        self._heap: list[tuple[int, int, str]] = []  # (-hash, bytes, text): the highest hash first
-
-    def takes(self, digest: bytes, n_bytes: int) -> bool:
-        """Whether a document belongs here, given all that were added."""
-        return not self.max_bytes or (n_bytes <= self.max_bytes and int.from_bytes(digest) < self._end)
-
-    def add(self, digest: bytes, n_bytes: int, text: str = "") -> None:
-        if not self.takes(digest, n_bytes):
-            return
-        self.documents, self.n_bytes = self.documents + 1, self.n_bytes + n_bytes
-        if self.max_bytes:
-            heapq.heappush(self._heap, (-int.from_bytes(digest), n_bytes, text))
-        while self._heap and self.n_bytes > self.max_bytes:
-            rank, dropped, _ = heapq.heappop(self._heap)
-            self._end = -rank
-            self.documents, self.n_bytes = self.documents - 1, self.n_bytes - dropped
-
-    def texts(self) -> list[str]:
-        """The documents by hash: their first ones are a sample of the corpus too."""
-        return [text for _, _, text in sorted(self._heap, reverse=True)]
-
-
-@dataclass
-class _Source:
-    """What the first pass finds in a source, less what an earlier source already held."""
-
-    name: str
-    documents: int = 0
-    n_bytes: int = 0
-    hashes: Any = field(default_factory=hashlib.sha256)
-
-
-@dataclass
-class _Survey:
-    """What the first pass over a corpus finds."""
-
-    sources: list[_Source]
-    parts: dict[str, _Sample]
-
-    @property
-    def text_bytes(self) -> int:
-        """Text that becomes tokens."""
-        return self.parts["train"].n_bytes + self.parts["valid"].n_bytes
 
 
 def find(data: DataConfig, data_dir: Path) -> Path | None:
@@ -127,8 +64,8 @@ def prepare(data: DataConfig, data_dir: Path) -> Path:
         draft = path.with_name(path.name + ".part")
         shutil.rmtree(draft, ignore_errors=True)  # of a build that was killed
         taken = None if data.tokenizer == "bpe" else load_tokenizer(data.tokenizer)  # fails before the corpus is read
-        with _Meter() as meter:
-            survey = _survey(data, meter)
+        with Meter() as meter:
+            survey = survey_corpus(data, meter)
             try:
                 draft.mkdir()
                 _build(data, survey, taken, draft, meter)
@@ -155,7 +92,7 @@ def _path(data: DataConfig, data_dir: Path) -> Path:
     return data_dir / f"{label[:40]}-{digest}"
 
 
-def _build(data: DataConfig, survey: _Survey, taken: Tokenizer | None, path: Path, meter: _Meter) -> None:
+def _build(data: DataConfig, survey: Survey, taken: Tokenizer | None, path: Path, meter: Meter) -> None:
     parts = survey.parts
     if taken is None:
         meter.start("training the tokenizer", None)
@@ -170,7 +107,7 @@ def _build(data: DataConfig, survey: _Survey, taken: Tokenizer | None, path: Pat
     meter.start("writing tokens", survey.text_bytes)
     writer = _Writer(path, tokenizer, bos_id, dtype)
     splits = {
-        "train": writer.write("train", _train_texts(survey), meter.advance),
+        "train": writer.write("train", train_texts(survey), meter.advance),
         "valid": writer.write("valid", parts["valid"].texts(), meter.advance),
     }
     if (splits["train"]["documents"], splits["train"]["bytes"]) != (parts["train"].documents, parts["train"].n_bytes):
@@ -198,69 +135,6 @@ def _build(data: DataConfig, survey: _Survey, taken: Tokenizer | None, path: Pat
     (path / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _distinct(source: str, seen: set[bytes]) -> Iterator[tuple[bytes, int, str]]:
-    """Yield (hash, bytes, text) of every document of a source that is not blank and not in `seen`; add it there."""
-    for text in read_source(source):
-        raw = text.encode()
-        digest = hashlib.sha256(raw).digest()
-        if digest not in seen and text.strip():
-            seen.add(digest)
-            yield digest, len(raw), text
-
-
-def _survey(data: DataConfig, meter: _Meter) -> _Survey:
-    """First pass: sizes, tokenizer text, validation text, and which documents the training text takes."""
-    sources = [_Source(name) for name in split_sources(data.corpus)]
-    bounds = {"train": data.max_bytes, "valid": _VALID_BYTES, "tokenizer": _TOKENIZER_BYTES}
-    survey = _Survey(sources, {part: _Sample(bound) for part, bound in bounds.items()})
-    meter.start("reading the corpus", None)
-    seen: set[bytes] = set()
-    for source in sources:
-        is_streamed, train_bytes = source.name.startswith("hf:"), 0
-        if is_streamed and not data.max_bytes:
-            raise UserError(f"{source.name} is streamed and may have no end: set data.max_bytes")
-        for digest, n_bytes, text in _distinct(source.name, seen):
-            part = _part(digest)
-            survey.parts[part].add(digest, n_bytes, "" if part == "train" else text)
-            source.documents, source.n_bytes = source.documents + 1, source.n_bytes + n_bytes
-            source.hashes.update(digest)
-            meter.advance(n_bytes)
-            train_bytes += n_bytes if part == "train" else 0
-            if is_streamed and train_bytes >= data.max_bytes:
-                break  # a stream is taken from its head; a local source is sampled as a whole
-    _check_size(data, survey)
-    return survey
-
-
-def _check_size(data: DataConfig, survey: _Survey) -> None:
-    needed = ("train", "valid", "tokenizer") if data.tokenizer == "bpe" else ("train", "valid")
-    empty = [part for part in needed if not survey.parts[part].documents]
-    documents = sum(source.documents for source in survey.sources)
-    if empty == ["train"] and data.max_bytes:
-        raise UserError(f"data.max_bytes={data.max_bytes} is less than a document of {data.corpus}: raise it")
-    if empty:
-        raise UserError(
-            f"{data.corpus} has {documents} documents, too few: none fell into {', '.join(empty)}; "
-            "use more, or part long files into documents with lines that hold U+001E"
-        )
-
-
-def _train_texts(survey: _Survey) -> Iterator[str]:
-    """Second pass: the training text, in the order of the sources."""
-    seen: set[bytes] = set()
-    for source in survey.sources:
-        for digest, n_bytes, text in islice(_distinct(source.name, seen), source.documents):
-            if _part(digest) == "train" and survey.parts["train"].takes(digest, n_bytes):
-                yield text
-
-
-def _part(digest: bytes) -> str:
-    share = int.from_bytes(digest[-4:]) / 2**32  # the last bytes: samples go by the first ones
-    if share < _VALID_SHARE:
-        return "valid"
-    return "tokenizer" if share < _VALID_SHARE + _TOKENIZER_SHARE else "train"
-
-
 class _Writer:
     """Encodes documents and writes one file a split."""
 
@@ -286,36 +160,3 @@ class _Writer:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _Meter:
-    """A progress bar on a terminal; elsewhere a plain line a stage, and one every half minute."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-
-    def __enter__(self) -> _Meter:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def start(self, stage: str, total: int | None) -> None:
-        for task in self.bar.task_ids:
-            self.bar.remove_task(task)
-        self.task = self.bar.add_task(stage, total=total)
-        self.stage, self.done, self.total, self.said = stage, 0, total, time.monotonic()
-        self._say("")
-
-    def advance(self, n_bytes: int) -> None:
-        self.bar.advance(self.task, n_bytes)
-        self.done += n_bytes
-        if time.monotonic() - self.said > _LINE_EVERY_S:
-            self.said = time.monotonic()
-            self._say(f", {self.done / 1e6:.0f} MB" + (f" of {self.total / 1e6:.0f}" if self.total else ""))
-
-    def _say(self, how_far: str) -> None:
-        if self.bar.disable:
-            print(f"corpus: {self.stage}{how_far}", file=sys.stderr)
