@@ -28,6 +28,7 @@ COLUMNS: Mapping[str, str] = {
     "status": "string",
     "schema": "Int64",
     "budget": "string",
+    "budget_hash": "string",
     "suite": "string",
     "arm": "string",
     "variant": "string",
@@ -82,7 +83,7 @@ COLUMNS: Mapping[str, str] = {
 NEEDED = ("run_id", "budget", "arm", "mode", "seed")
 SORT = ["budget", "suite", "arm", "variant", "mode", "rho", "seed", "run_id"]
 LATER = {
-    *("suite", "variant", "replicate", "engram_layers", "lr", "table_lr_mult"),
+    *("budget_hash", "suite", "variant", "replicate", "engram_layers", "lr", "table_lr_mult"),
     *("P_tot_per_P_act", "tokens_per_P_tot"),
 }
 """Columns that tables of before there were several suites lack; they are empty there, or follow from others."""
@@ -192,9 +193,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise BadFile(f"{others} is torn ({error}): delete it and launch the suites again") from error
     rows = [row, *(row | each for each in labels)]
-    # A launch after suites were noted says again what a run is for: the line without a suite is then a copy.
-    named = {_purpose(row) for row in rows if row.get("suite") is not None}
-    return [row for row in rows if row.get("suite") is not None or _purpose(row) not in named]
+    # A later version says again, and more fully, what a run is for: the line that says less is then a copy.
+    fullest: dict[tuple[Any, ...], int] = {}
+    for row in rows:
+        fullest[_purpose(row)] = max(_told(row), fullest.get(_purpose(row), 0))
+    return [row for row in rows if _told(row) == fullest[_purpose(row)]]
+
+
+def _told(row: dict[str, Any]) -> int:
+    return sum(row.get(key) is not None for key in ("suite", "budget_hash"))
 
 
 def _purpose(row: dict[str, Any]) -> tuple[Any, ...]:

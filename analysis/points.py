@@ -12,7 +12,7 @@ from analysis.collect import rows_of_suite
 from analysis.compare import Paired, paired
 from analysis.errors import UserError
 from analysis.fits import REFERENCE, SAME_RHO
-from analysis.study import ALLOCATION, CODE_AND_DATA, SAME, plain
+from analysis.study import ALLOCATION, CODE_AND_DATA, SAME, alike, names_of, plain, same_origin
 
 SUITES = (
     "allocation",
@@ -126,15 +126,10 @@ def read_suites(table: pd.DataFrame, suite: str, budget: str | None = None) -> l
     for name in sorted(set(rows["budget"])):
         of_budget = rows[rows["budget"] == name]
         final = of_budget[of_budget["status"] == "final"]
-        groups = [group for _, group in final.groupby(same)]
-        differing = [column for column in same if len({group[column].iloc[0] for group in groups}) > 1]
-        for group in groups:
-            suffix = [f"{column}-{str(group[column].iloc[0])[:10]}" for column in differing]
-            stopped = of_budget[
-                (of_budget["status"] == "diverged")
-                & (of_budget[CODE_AND_DATA] == group[CODE_AND_DATA].iloc[0]).all(axis=1)
-            ]
-            found.append(_suite_runs("_".join([name, *suffix]), name, suite, group, stopped))
+        groups = alike(final, same)
+        for place, group in zip(names_of(name, groups, same), groups, strict=True):
+            stopped = of_budget[(of_budget["status"] == "diverged") & same_origin(of_budget, group)]
+            found.append(_suite_runs(place, name, suite, group, stopped))
     return found
 
 

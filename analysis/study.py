@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from analysis.fits import REFERENCE, SAME_RHO, Difference, Sweep, against_refere
 from analysis.verdict import Verdict, judge
 
 ALLOCATION = "allocation"
-CODE_AND_DATA = ["data", "schema"]
+CODE_AND_DATA = ["data", "schema", "budget_hash"]
 SAME = [*CODE_AND_DATA, "train_tokens", "steps"]
-"""What runs of one budget must share to be compared: equal text, equal code, equal length."""
+"""What runs of one budget must share to be compared: equal text, code, backbone, training and length."""
 PLACE = ["arm", "mode", "rho", "seed"]
 
 
@@ -70,19 +71,35 @@ def split(table: pd.DataFrame, budget: str | None = None) -> dict[str, pd.DataFr
     for name in chosen:
         rows = rows_of_suite(table[table["budget"] == name], ALLOCATION)
         final, diverged = rows[rows["status"] == "final"], rows[rows["status"] == "diverged"]
-        sweeps = [group for _, group in final.groupby(SAME) if (group["arm"] == ALLOCATION).any()]
-        differing = [column for column in SAME if len({group[column].iloc[0] for group in sweeps}) > 1]
-        for group in sweeps:
-            suffix = [f"{column}-{str(group[column].iloc[0])[:10]}" for column in differing]
-            found["_".join([name, *suffix])] = pd.concat([group, _gaps(diverged, group)])
+        sweeps = [group for group in alike(final, SAME) if (group["arm"] == ALLOCATION).any()]
+        for place, group in zip(names_of(name, sweeps, SAME), sweeps, strict=True):
+            found[place] = pd.concat([group, _gaps(diverged, group)])
     if not found:
         raise UserError(f"no allocation sweep among the runs of {', '.join(chosen)}: train one with `make sweep`")
     return found
 
 
+def alike(rows: pd.DataFrame, columns: Sequence[str]) -> list[pd.DataFrame]:
+    """Groups of rows that agree in these columns; no value agrees with no value."""
+    return [group for _, group in rows.groupby(list(columns), dropna=False)]
+
+
+def names_of(name: str, groups: Sequence[pd.DataFrame], columns: Sequence[str]) -> list[str]:
+    """The budget's name, and after it what tells each group from the others."""
+    first = [{c: "none" if pd.isna(v := group[c].iloc[0]) else str(v) for c in columns} for group in groups]
+    differing = [c for c in columns if len({values[c] for values in first}) > 1]
+    return ["_".join([name, *(f"{c}-{values[c][:12]}" for c in differing)]) for values in first]
+
+
+def same_origin(rows: pd.DataFrame, group: pd.DataFrame) -> pd.Series:
+    """Which rows have the data, the code and the budget's content of a group."""
+    one = group[CODE_AND_DATA].iloc[0]
+    return ((rows[CODE_AND_DATA] == one) | (rows[CODE_AND_DATA].isna() & one.isna())).fillna(False).all(axis=1)
+
+
 def _gaps(diverged: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
     """Choose the diverged runs that explain a gap. They stopped early, so their length does not tell their study."""
-    same = (diverged[CODE_AND_DATA] == final[CODE_AND_DATA].iloc[0]).all(axis=1)
+    same = same_origin(diverged, final)
     taken = pd.MultiIndex.from_frame(diverged[PLACE]).isin(pd.MultiIndex.from_frame(final[PLACE]))
     return diverged[same & ~taken]
 

@@ -11,6 +11,7 @@ the router fills in training only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -80,9 +81,15 @@ class RoutedExperts(nn.Module):
         x_ND, *weights = (t.to(dtype) for t in (x_ND, self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF))
         if self.backend == "loop":
             return experts_loop(x_ND, weights_NK, expert_ids_NK, *weights)
-        # On a CPU grouped_mm is a loop over experts, and in bf16 compiles for every number of tokens that one gets.
-        way = experts_padded if x_ND.device.type == "cpu" else experts_grouped
-        return way(x_ND, weights_NK, expert_ids_NK, *weights)
+        return fast_way(x_ND.device.type, dtype)(x_ND, weights_NK, expert_ids_NK, *weights)
+
+
+def fast_way(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Grouped products for bf16 on a GPU, which is all that they promise there (torch 2.11 to 2.13); else padded ones.
+
+    On a CPU grouped_mm is a loop over experts, and in bf16 compiles for every number of tokens that one gets.
+    """
+    return experts_grouped if device != "cpu" and dtype == torch.bfloat16 else experts_padded
 
 
 def experts_loop(

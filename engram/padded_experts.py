@@ -1,11 +1,12 @@
-"""Routed experts on a CPU: batched products over a few experts at a time, with the backward written out.
+"""Routed experts by batched products over a few at a time: on CPUs, and on GPUs in other precisions than bf16.
 
     y_t = sum over the experts e of token t of  W_down,e g_te h_te,    h_te = silu(W_gate,e x_t) * (W_up,e x_t)
 
-Experts are taken by falling load, up to `CHUNK` at a time, and the tokens of a chunk are padded to its fullest expert:
-experts of like load share a product, so that little is padded even where the router is far from balanced. What a chunk
-needs fits a core's cache, and the only tensors of all rows are two of width F and one of width D. A padded row reads
-token 0 with weight 0: while that token is finite it adds nothing, to outputs or gradients.
+The backward is written out. Experts are taken by falling load, up to `CHUNK` at a time, and the tokens of a chunk are
+padded to its fullest expert: experts of like load share a product, so that little is padded even where the router is
+far from balanced. What a chunk needs fits a core's cache, and the only tensors of all rows are two of width F and one
+of width D. A padded row reads token 0 with weight 0: while that token is finite it adds nothing, to outputs or
+gradients.
 
 U: rows, routed tokens and padding. In a chunk n: experts, A: rows of each.
 """
@@ -55,21 +56,21 @@ def _lay_out(ids_NK: Tensor, gate_EFD: Tensor, multiple: int) -> tuple[list[_Chu
     slack = CALL_FLOPS // (18 * d_model * d_expert)
     loads_E, experts_E = torch.bincount(ids_NK.flatten(), minlength=n_experts).sort(descending=True, stable=True)
     loads, first, U = loads_E.tolist(), 0, 0
-    first_row_E, spans = torch.zeros_like(experts_E), []
+    first_row_E, spans, device = torch.zeros_like(experts_E), [], ids_NK.device
     while first < n_experts and loads[first] > 0:
         n, A = 1, -(-loads[first] // multiple) * multiple
         while n < CHUNK and first + n < n_experts and loads[first + n] >= loads[first] - slack:
             n += 1
-        first_row_E[first : first + n] = torch.arange(U, U + n * A, A)
+        first_row_E[first : first + n] = torch.arange(U, U + n * A, A, device=device)
         spans.append((first, n, A, U))
         first, U = first + n, U + n * A
 
-    rank_E = torch.empty_like(experts_E).scatter_(0, experts_E, torch.arange(n_experts))
+    rank_E = torch.empty_like(experts_E).scatter_(0, experts_E, torch.arange(n_experts, device=device))
     rank_R, order_R = rank_E[ids_NK.flatten()].sort(stable=True)  # R = N K routed tokens
     before_E = loads_E.cumsum(0) - loads_E
-    row_R = torch.arange(len(order_R)) + (first_row_E - before_E)[rank_R]
+    row_R = torch.arange(len(order_R), device=device) + (first_row_E - before_E)[rank_R]
     rows_NK = torch.empty_like(order_R).scatter_(0, order_R, row_R).view_as(ids_NK)
-    tokens_U = torch.zeros(U, dtype=torch.long).scatter_(0, row_R, order_R // ids_NK.shape[1])
+    tokens_U = torch.zeros(U, dtype=torch.long, device=device).scatter_(0, row_R, order_R // ids_NK.shape[1])
     chunks = [
         _Chunk(experts_E[first : first + n], tokens_U[start : start + n * A].view(n, A), start)
         for first, n, A, start in spans

@@ -98,12 +98,17 @@ class StoredTableAdam(Optimizer):
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._coming: Future[tuple[list[WorkingSet], Any]] | None = None
-        self._writing: Future[None] | None = None
+        self._writing: Future[Any] | None = None
+        self._fetched_before = False
         self._before: list[WorkingSet | None] = [None] * len(tables)
 
     def prefetch(self, look_ups: Callable[[], Sequence[Tensor]]) -> None:
         """Begin to bring the rows of a step; `look_ups`, called in the moving thread, gives row ids a layer."""
         assert self._coming is None, "the rows that were fetched before were not used"
+        if self._stream is not None and not self._fetched_before:
+            # What initialised or loaded the store and its moments.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._fetched_before = True
         self._coming = self._mover.submit(self._fetch, look_ups)
 
     @property
@@ -164,11 +169,15 @@ class StoredTableAdam(Optimizer):
     def flush(self) -> None:
         """Wait until the store is up to date, before it is saved or read.
 
+        A store on a GPU is so for what is put on the current stream from here on.
+
         Raises:
             RuntimeError: a write-back failed.
         """
         if self._writing is not None:
-            self._writing.result()
+            written = self._writing.result()
+            if written is not None:
+                torch.cuda.current_stream(self.device).wait_event(written)
             self._writing = None
 
     def _state_of(self, tables: StoredTables) -> dict[str, Any]:
@@ -203,7 +212,7 @@ class StoredTableAdam(Optimizer):
         return rows.to(self.device, non_blocking=True).float()
 
     @torch.no_grad()
-    def _write_back(self, changed: Sequence[WorkingSet], done: Any) -> None:
+    def _write_back(self, changed: Sequence[WorkingSet], done: Any) -> Any:
         with self._on_own_stream():
             if self._stream is not None:
                 self._stream.wait_event(done)
@@ -216,6 +225,7 @@ class StoredTableAdam(Optimizer):
                     (state["second"], working.second_UP),
                 ):
                     stored.index_copy_(0, stored_U, self._sent(values.to(stored.dtype), store))
+            return None if self._stream is None else self._stream.record_event()
 
     def _sent(self, values: Tensor, store: torch.device) -> Tensor:
         if self._stream is None or store == self.device:

@@ -31,7 +31,7 @@ PROFILE_WORD = "slurm."  # begins a change to a profile, as in slurm.time=30
 
 def command_plan(args: argparse.Namespace) -> int:
     study = parse_study(args.words)
-    points = plan(study.budget, study.planned())
+    points = plan(study.budget, study.checked())
     if args.json:
         print(json.dumps(as_dicts(points), indent=1))
     else:

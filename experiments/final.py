@@ -45,6 +45,7 @@ def _result(run: Run, trainer: Trainer, line: dict[str, Any], valid: dict[str, A
         "run_id": spec.run_id,
         "schema": spec.schema,
         "budget": labels.budget,
+        "budget_hash": labels.budget_hash,
         "suite": labels.suite,
         "arm": labels.arm,
         "variant": labels.variant,

@@ -72,6 +72,14 @@ def plan(budget: Budget, runs: Sequence[Run]) -> list[PlannedPoint]:
     return points
 
 
+def _no_reference(points: Sequence[PlannedPoint]) -> list[str]:
+    """A note where a curve lacks the run that all its points are compared with."""
+    on_curve = [point.rho for point in points if point.arm == "allocation"]
+    if not on_curve or 1 in on_curve:
+        return []
+    return ["no point at rho = 1, with which all others are compared: the curve is judged once that run is there, too"]
+
+
 def _is_pure(run: Run) -> bool:
     return run.labels.arm == "allocation" and run.labels.rho == 1
 
@@ -88,7 +96,9 @@ def as_table(budget: Budget, suite: str, points: Sequence[PlannedPoint]) -> Tabl
     speed = f"{budget.flops_per_s / 1e12:g} TFLOP/s"
     table = Table(
         title=f"{suite} on {budget.name}: {runs} runs, {_hours(hours)} of device time at {speed}",
-        caption="\n".join([budget.about, *notes(suite, budget.grid, budget.backbone.n_streams)]),
+        caption="\n".join(
+            [budget.about, *notes(suite, budget.grid, budget.backbone.n_streams), *_no_reference(points)]
+        ),
         title_justify="left",
         caption_justify="left",
         pad_edge=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from engram.allocation import Mode, allocate, dense, module_only, realised_rho, with_rows
@@ -17,15 +18,38 @@ def at_rho(
     return make_run(budget, data, seed, model, arm="allocation", mode=mode, rho_target=rho, variant=variant)
 
 
+def at_control_rho(budget: Budget, data: str, seed: int, mode: Mode = "paper") -> Run:
+    """The point of the curve at `control_rho`.
+
+    Raises:
+        ValueError: to whole experts, it is the pure mixture of experts.
+    """
+    run = at_rho(budget, data, seed, budget.control_rho, mode)
+    moe = budget.backbone.moe
+    assert moe is not None, "a budget's backbone is a mixture of experts"
+    if run.spec.model.memory is None:
+        most = 1 - 1 / (moe.n_routed_experts - moe.top_k)
+        raise ValueError(
+            f"control_rho={budget.control_rho} leaves all {moe.n_routed_experts} experts and no memory: "
+            f"take at most {math.floor(1000 * most) / 1000}"
+        )
+    return run
+
+
 def control(budget: Budget, data: str, seed: int, name: str) -> Run:
-    """One of the budget's controls (`Budget.controls`)."""
+    """One of the budget's controls (`Budget.controls`).
+
+    Raises:
+        ValueError: it has a memory, and `control_rho` leaves none.
+    """
     rho, tables = budget.control_rho, budget.engram.tables
-    if name == "strict":
-        return at_rho(budget, data, seed, rho, mode="strict")
     if name == "dense":
         return make_run(budget, data, seed, dense(budget.backbone), arm=name)
     if name == "module-only":
         return make_run(budget, data, seed, module_only(budget.backbone, budget.engram), arm=name, rho_target=1.0)
+    engram = at_control_rho(budget, data, seed, "strict" if name == "strict" else "paper")
+    if name == "strict":
+        return engram
     if name == "random-ids":
         blind = replace(budget.engram, tables=replace(tables, lookup="random"))  # <- the intervention
         return make_run(budget, data, seed, allocate(budget.backbone, blind, rho), arm=name, rho_target=rho)
@@ -66,5 +90,13 @@ def make_run(
     rho = None if model.moe is None else realised_rho(budget.backbone, model)
     return Run(
         spec=RunSpec(seed=seed, model=model, train=train or budget.train, data=data, replicate=replicate),
-        labels=Labels(budget=budget.name, arm=arm, mode=mode, rho_target=rho_target, rho=rho, variant=variant),
+        labels=Labels(
+            budget=budget.name,
+            budget_hash=budget.content,
+            arm=arm,
+            mode=mode,
+            rho_target=rho_target,
+            rho=rho,
+            variant=variant,
+        ),
     )

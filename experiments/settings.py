@@ -64,6 +64,10 @@ class TrainConfig:
         return self.tokens // self.batch_tokens
 
 
+SCHEMA = 2
+"""Of runs: raised when a change of code changes results for an equal spec."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """Everything that decides a run's result, and nothing else. Its hash is the run's name."""
@@ -73,8 +77,7 @@ class RunSpec:
     train: TrainConfig
     data: str
     """sha256 of the data manifest."""
-    schema: int = 2
-    """Raised when a change of code changes results for an equal spec."""
+    schema: int = SCHEMA
     replicate: int | None = None
     """Tells runs apart that should be equal: the same seed once more. None, the first, is not hashed."""
 
@@ -89,6 +92,8 @@ class Labels:
     """What a run is for: written beside the spec, never hashed, so that suites can share runs."""
 
     budget: str
+    budget_hash: str | None = None
+    """Of what the budget held (`Budget.content`): one name may be given other numbers. None in older labels."""
     arm: str
     """allocation, dense, module-only, random-ids, over-encoding, engram, or ablation."""
     mode: Literal["paper", "strict"] = "paper"
@@ -198,6 +203,12 @@ class Budget:
     flops_per_s: float = 320e12
     """Sustained speed that `plan` turns FLOPs into hours with: 40 percent of 800 TFLOP/s, or a CPU core's."""
     runtime: Runtime = field(default_factory=Runtime)
+
+    @property
+    def content(self) -> str:
+        """Hash of what all runs of a study share, whatever a suite varies from there: backbone, memory, training."""
+        shared = {"backbone": asdict(self.backbone), "engram": asdict(self.engram), "train": asdict(self.train)}
+        return hashlib.sha256(canonical(shared).encode()).hexdigest()[:10]
 
     def __post_init__(self) -> None:
         if self.backbone.moe is None or self.backbone.memory is not None:

@@ -29,6 +29,18 @@ class Study:
         """
         return runs_of(self.suite, self.budget, NO_DATA)
 
+    def checked(self) -> list[Run]:
+        """The same, if they can be run as the budget's runtime says.
+
+        Raises:
+            UserError: also where several processes cannot share a step, or tables cannot be stored as asked.
+        """
+        runs, runtime = self.planned(), self.budget.runtime
+        for run in runs:
+            runtime.check_tables(run.spec.train.optim, runtime.processes)
+        runtime.micro_sequences(self.budget.train, runtime.processes)
+        return runs
+
 
 def parse_study(words: Sequence[str]) -> Study:
     """Read suite, budget and `key=value` changes from the words of a command line.
@@ -62,10 +74,8 @@ def runs_with_data(study: Study, *, build: bool) -> tuple[list[Run], Path]:
     from experiments.shards import Shards, check_vocab, valid_batches
 
     budget, data_dir = study.budget, Path(study.budget.runtime.data_dir)
-    for run in study.planned():  # an impossible grid is refused before a corpus is read
-        budget.runtime.check_tables(run.spec.train.optim, budget.runtime.processes)
+    study.checked()  # what is impossible is refused before a corpus is read
     train = budget.train
-    budget.runtime.micro_sequences(train, budget.runtime.processes)
     path = prepare(budget.data, data_dir) if build else find(budget.data, data_dir)
     if path is None:
         raise UserError(f"no data yet for {budget.name}: python -m experiments data {budget.name}")

@@ -49,7 +49,10 @@ def runs_of(suite: str, budget: Budget, data: str) -> list[Run]:
     except ValueError as error:
         raise UserError(f"{suite} on {budget.name}: {error}") from error
     named = [Run(spec=run.spec, labels=replace(run.labels, suite=suite)) for run in runs]
-    return list({run.spec.run_id: run for run in named}.values())
+    each: dict[str, Run] = {}
+    for run in named:
+        each.setdefault(run.spec.run_id, run)  # what it was first asked for
+    return list(each.values())
 
 
 def about(suite: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from engram.allocation import with_rows
-from experiments.points import at_rho, control, make_run
+from experiments.points import at_control_rho, at_rho, control, make_run
 from experiments.settings import Budget, Run
 
 
@@ -34,10 +34,10 @@ def baselines(budget: Budget, data: str) -> Iterator[Run]:
     for seed in budget.seeds:
         yield control(budget, data, seed, "dense")
         yield at_rho(budget, data, seed, 1.0)
-        engram = at_rho(budget, data, seed, budget.control_rho)
+        engram = at_control_rho(budget, data, seed)
         yield engram
         model = engram.spec.model
-        assert model.memory is not None, "control_rho is below 1, so there is a memory"
+        assert model.memory is not None, "at_control_rho has seen to it"
         rows = round(model.memory.tables.n_rows * budget.large_memory_factor)
         labels = replace(engram.labels, arm="engram-large")
         yield Run(spec=replace(engram.spec, model=with_rows(model, rows)), labels=labels)
@@ -53,7 +53,7 @@ def noise(budget: Budget, data: str) -> Iterator[Run]:
     """
     first = None
     for seed in range(budget.grid.noise_seeds):
-        run = at_rho(budget, data, seed, budget.control_rho)
+        run = at_control_rho(budget, data, seed)
         first = first or run
         yield run
     assert first is not None
@@ -74,15 +74,14 @@ def lr(budget: Budget, data: str) -> Iterator[Run]:
         for factor in budget.grid.lr_factors:
             optim = replace(budget.train.optim, lr=budget.train.optim.lr * factor)
             train = replace(budget.train, optim=optim)
-            for rho in (1.0, budget.control_rho):
-                point = at_rho(budget, data, seed, rho)
+            for point in (at_rho(budget, data, seed, 1.0), at_control_rho(budget, data, seed)):
                 yield make_run(
                     budget,
                     data,
                     seed,
                     point.spec.model,
                     arm="allocation",
-                    rho_target=rho,
+                    rho_target=point.labels.rho_target,
                     variant=f"lr-{factor:g}x",
                     train=train,
                 )

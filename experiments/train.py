@@ -13,7 +13,7 @@ from experiments.final import write_final
 from experiments.parallel import Team
 from experiments.rundir import RunDir, provenance
 from experiments.runlogs import open_logs
-from experiments.settings import Runtime
+from experiments.settings import SCHEMA, Runtime, UserError
 from experiments.shards import Shards
 from experiments.trainer import Trainer
 
@@ -35,13 +35,18 @@ def train(
         team: the processes that call this together; None is this one alone.
 
     Raises:
-        UserError: shards, tokenizer or checkpoint do not fit the spec.
+        UserError: shards, tokenizer or checkpoint do not fit the spec, or the spec is of another schema.
         OSError: a file could not be written; earlier files are whole.
     """
     team = team or Team(runtime)
     if (final := team.share(run_dir.final())) is not None:
         return "diverged" if final["status"] == "diverged" else "final"
     run = run_dir.load()
+    if run.spec.schema != SCHEMA:
+        raise UserError(
+            f"{run_dir.path} was planned under schema {run.spec.schema}, and this code trains under {SCHEMA}, with "
+            "other results: launch its suite again, which makes a run of its own"
+        )
     train, steps = run.spec.train, run.spec.train.steps
     if team.is_first:
         run_dir.note_attempt("start", **provenance(), threads=runtime.threads, processes=team.size)

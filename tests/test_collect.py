@@ -216,6 +216,14 @@ def test_a_run_that_was_labelled_again_with_its_suite_has_one_row_for_each_suite
     assert collect(tmp_path)["suite"].tolist() == ["allocation", "baselines"]
 
 
+def test_a_label_that_also_tells_what_the_budget_held_takes_the_place_of_the_one_that_does_not(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "ra", suite="allocation")
+    same = {"budget": "b", "arm": "allocation", "mode": "paper", "rho_target": 0.8, "rho": 0.8, "suite": "allocation"}
+    lines = [same | {"budget_hash": content} for content in ("one", "two")]
+    path.with_name("labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert collect(tmp_path)["budget_hash"].tolist() == ["one", "two"]
+
+
 def test_a_label_for_one_suite_takes_an_older_run_from_no_other(tmp_path: Path) -> None:
     """rho = 1 was trained for the curve before suites were noted; then `baselines` shared it."""
     path = write_run(tmp_path, "ra", rho=1.0, rho_target=1.0)

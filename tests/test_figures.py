@@ -90,6 +90,15 @@ def test_runs_on_other_data_or_tokens_are_kept_apart_and_named_by_what_differs()
     assert [s.verdict.answer for s in studies.values()] == ["U", "no U"]
 
 
+def test_seeds_of_another_budget_under_the_same_name_are_not_pooled() -> None:
+    first = make_table().assign(budget_hash="aaaaaaaaaa")
+    other = make_table(lambda rho: 5 - rho).assign(budget_hash="bbbbbbbbbb")
+    other = other.assign(seed=other["seed"] + 10, run_id=other["run_id"] + "b")
+    studies = split(pd.concat([first, other]))
+    assert set(studies) == {"b_budget_hash-aaaaaaaaaa", "b_budget_hash-bbbbbbbbbb"}
+    assert max(read_study("b", studies["b_budget_hash-aaaaaaaaaa"]).sweep.seeds) < 10
+
+
 def test_two_runs_of_one_place_are_refused_with_their_names() -> None:
     table = make_table()
     twin = table.iloc[[3]].assign(run_id="rtwin")

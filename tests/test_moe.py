@@ -10,7 +10,7 @@ from conftest import tiny_config
 from torch import Tensor
 
 from engram.config import MoEConfig
-from engram.moe import MoE, RoutedExperts, Router, SwiGLU, experts_grouped, experts_loop
+from engram.moe import MoE, RoutedExperts, Router, SwiGLU, experts_grouped, experts_loop, fast_way
 from engram.padded_experts import experts_padded
 
 N, D, E, K, WIDTH = 50, 16, 12, 3, 8
@@ -91,6 +91,12 @@ def test_experts_no_token_chose_get_zero_gradients(function: Any) -> None:
     *_, gate, up, down = outputs_and_gradients(function, expert_operands(ids_NK), ids_NK)
     for gradient in (gate, up, down):
         assert set(gradient.flatten(1).any(1).nonzero().flatten().tolist()) == {2, 7, 9}
+
+
+def test_grouped_products_are_for_bf16_on_gpus_alone() -> None:
+    assert fast_way("cuda", torch.bfloat16) is experts_grouped
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float32)):
+        assert fast_way(device, dtype) is experts_padded
 
 
 def test_padding_is_little_and_padded_products_are_few_however_uneven_the_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from engram.counting import count_params, train_flops_per_token
 from experiments.grid import Grid
 from experiments.loading import budget_names, load_budget
 from experiments.plan import as_table, plan
-from experiments.settings import Budget, Run
+from experiments.settings import Budget, Run, UserError
 from experiments.suites import SUITES, about, runs_of
 
 BUDGETS = budget_names()
@@ -259,6 +259,36 @@ def test_impossible_grids_are_refused_by_name(change: dict[str, Any], said: str)
         Grid(**change)
 
 
+def test_a_control_rho_that_leaves_no_memory_is_refused_with_the_highest_that_does() -> None:
+    budget = load_budget("cpu-small")
+    for suite in ("allocation", "baselines", "noise", "lr"):
+        with pytest.raises(
+            UserError, match=r"control_rho=0\.999 leaves all 54 experts and no memory: take at most 0\.979"
+        ):
+            runs_of(suite, replace(budget, control_rho=0.999), "0")
+    assert runs_of("baselines", replace(budget, control_rho=0.979), "0")
+
+
+def test_a_point_that_is_asked_for_twice_keeps_what_it_was_first_asked_for() -> None:
+    budget = load_budget("cpu-small")
+    doubled = replace(budget, rhos=(*budget.rhos, 0.9999), seeds=(0,))
+    labels = [run.labels for run in runs_of("allocation", doubled, "0")]
+    assert labels == [run.labels for run in runs_of("allocation", replace(budget, seeds=(0,)), "0")]
+
+
+def test_another_learning_rate_is_another_budget_under_the_same_name_and_other_seeds_are_not() -> None:
+    budget = load_budget("cpu-small")
+    hashes = [
+        {run.labels.budget_hash for run in runs_of("allocation", load_budget("cpu-small", words), "0")}
+        for words in ((), ("seeds=[5]", "rhos=[1.0,0.3]", "control_rho=0.5"), ("train.optim.lr=6.0e-3",))
+    ]
+    assert hashes[0] == hashes[1] == {budget.content}
+    assert hashes[2] != hashes[0]
+    assert {run.labels.budget_hash for run in runs_of("lr", budget, "0")} == hashes[0], (
+        "what a suite varies is no budget"
+    )
+
+
 def said_of(suite: str, budget: Budget) -> str:
     return str(as_table(budget, suite, plan(budget, runs_of(suite, budget, DATA))).caption)
 
@@ -269,6 +299,11 @@ def test_a_plan_says_what_is_smaller_than_the_default_and_what_does_not_exist() 
     assert "no-fusion is left out: the backbone has one residual stream" in said_of("ablation", smoke)
     assert "no-fusion" not in said_of("ablation", load_budget("paper-3b"))
     assert said_of("allocation", smoke) == smoke.about
+
+
+def test_a_plan_without_rho_1_says_what_is_missing() -> None:
+    assert "no point at rho = 1" in said_of("allocation", load_budget("cpu-smoke", ["rhos=[0.5]"]))
+    assert "no point at rho = 1" not in said_of("allocation", load_budget("cpu-smoke"))
 
 
 def test_a_plan_of_sparsity_measures_every_level_against_its_own_pure_moe() -> None:

@@ -299,6 +299,17 @@ def test_another_runs_checkpoint_is_refused(shards: Shards, tmp_path: Path) -> N
         Trainer(study_run(shards).spec, shards, EVERY_STEP).resume(tmp_path / "checkpoint")
 
 
+def test_a_run_of_another_schema_is_not_trained(shards: Shards, tmp_path: Path) -> None:
+    run = study_run(shards)
+    old = replace(run, spec=replace(run.spec, schema=run.spec.schema - 1))
+    run_dir = RunDir.create(tmp_path, old)
+    with pytest.raises(
+        UserError, match=r"planned under schema 1, and this code trains under 2.*launch its suite again"
+    ):
+        train(run_dir, shards, EVERY_STEP, lambda: False)
+    assert not (run_dir.path / "attempts.jsonl").exists()
+
+
 def test_shards_of_other_data_are_refused(shards: Shards) -> None:
     run = study_run(shards)
     with pytest.raises(UserError, match="was planned for shards 0000"):
