@@ -263,10 +263,10 @@ def test_a_control_rho_that_leaves_no_memory_is_refused_with_the_highest_that_do
     budget = load_budget("cpu-small")
     for suite in ("allocation", "baselines", "noise", "lr"):
         with pytest.raises(
-            UserError, match=r"control_rho=0\.999 leaves all 54 experts and no memory: take at most 0\.979"
+            UserError, match=r"control_rho=0\.999 leaves all 102 experts and no memory: take at most 0\.989"
         ):
             runs_of(suite, replace(budget, control_rho=0.999), "0")
-    assert runs_of("baselines", replace(budget, control_rho=0.979), "0")
+    assert runs_of("baselines", replace(budget, control_rho=0.989), "0")
 
 
 def test_a_point_that_is_asked_for_twice_keeps_what_it_was_first_asked_for() -> None:
