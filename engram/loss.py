@@ -51,6 +51,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x_ND * scale.to(grad_x_ND.dtype), grad_head_VD * scale, None, None, None
 
 
+def _chunk(head_VD: Tensor) -> int:
+    """Tokens taken at once."""
+    return max(MIN_CHUNK, CHUNK_LOGITS.get(head_VD.device.type, CHUNK_LOGITS["cuda"]) // len(head_VD))
+
+
+@torch.no_grad()
+def token_losses(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Cross-entropy of each token [N] in nats, fp32: what `cross_entropy` is the mean of, without gradients."""
+    parts = [
+        F.cross_entropy(F.linear(x, head_VD).float(), targets, reduction="none")
+        for x, targets in zip(x_ND.split(_chunk(head_VD)), targets_N.split(_chunk(head_VD)), strict=True)
+    ]
+    return torch.cat(parts)
+
+
 def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Mean cross-entropy in nats of softmax(x head^T) against the targets; a fp32 scalar.
 
@@ -62,8 +77,7 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x_ND.device.type):
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, head_VD = x_ND.to(dtype), head_VD.to(dtype)
-    logits = CHUNK_LOGITS.get(x_ND.device.type, CHUNK_LOGITS["cuda"])
-    chunk = max(MIN_CHUNK, logits // len(head_VD))
+    chunk = _chunk(head_VD)
     # Asked here: inside the function autograd is always off, and needs_input_grad is true even under no_grad.
     needs_grad = torch.is_grad_enabled() and (x_ND.requires_grad or head_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(x_ND, head_VD, targets_N, chunk, needs_grad)  # type: ignore[no-untyped-call]

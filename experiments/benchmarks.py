@@ -26,6 +26,8 @@ class Benchmark:
     """The harness's task, group or tag; `bits_per_byte` is our own."""
     shots: int = 0
     metric: str = "acc"
+    guess: float | None = None
+    """What guessing scores where the model writes its answer; None if that is not known."""
     filter: str = ""
     """Which of the harness's filters of an answer counts; empty takes its first."""
     missing: str = ""
@@ -56,14 +58,14 @@ OFFLINE = (*SMALL, Benchmark("arc_challenge"), Benchmark("openbookqa"), Benchmar
 PAPER = (
     Benchmark("pile", missing="the text is no longer published: see bits_per_byte"),
     Benchmark("mmlu", 5),
-    Benchmark("mmlu_redux_generative", 5, "exact_match"),
+    Benchmark("mmlu_redux_generative", 5, "exact_match", guess=0.25),
     Benchmark("mmlu_pro", 5, "exact_match"),
     Benchmark("cmmlu", 5),
     Benchmark("ceval-valid", 5),
-    Benchmark("agieval"),
+    Benchmark("agieval", guess=0.0),
     Benchmark("arc_easy", 25),
     Benchmark("arc_challenge", 25),
-    Benchmark("triviaqa", 5, "exact_match"),
+    Benchmark("triviaqa", 5, "exact_match", guess=0.0),
     Benchmark("triviaqa_zh", 5, missing="internal to the paper's authors"),
     Benchmark("popqa", 15, missing=_NOT_THERE),
     Benchmark("ccpm", missing=_NOT_THERE),
@@ -79,9 +81,9 @@ PAPER = (
     Benchmark("mbpp", 3, "pass_at_1", missing=_RUNS_CODE),
     Benchmark("cruxeval_input", metric="pass@1", missing=_RUNS_CODE),
     Benchmark("cruxeval_output", metric="pass@1", missing=_RUNS_CODE),
-    Benchmark("gsm8k", 8, "exact_match", filter="strict-match"),
-    Benchmark("mgsm_direct", 8, "exact_match"),
-    Benchmark("minerva_math", 4, "exact_match"),
+    Benchmark("gsm8k", 8, "exact_match", guess=0.0, filter="strict-match"),
+    Benchmark("mgsm_direct", 8, "exact_match", guess=0.0),
+    Benchmark("minerva_math", 4, "exact_match", guess=0.0),
 )
 GROUPS = {"small": SMALL, "offline": OFFLINE, "paper": PAPER}
 

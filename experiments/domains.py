@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engram.loss import token_losses
 from engram.transformer import Transformer
 from experiments.settings import UserError
 from experiments.shards import Shards
@@ -61,12 +62,14 @@ def bits_per_byte(
         inputs_WT = padded[:-1].unflatten(0, (n_windows, seq_len))
         targets_WT = padded[1:].unflatten(0, (n_windows, seq_len))
         losses = [
-            F.cross_entropy(
-                model(x, draws_B=torch.full((len(x),), -1, device=device)).transpose(1, 2), y, reduction="none"
+            token_losses(
+                model.hidden(x, draws_B=torch.full((len(x),), -1, device=device)).flatten(0, 1),
+                model.head_VD,
+                y.flatten(),
             )
             for x, y in zip(inputs_WT.split(batch), targets_WT.split(batch), strict=True)
         ]
-        nats.append(float(torch.cat(losses).flatten()[: len(ids)].double().sum()))
+        nats.append(float(torch.cat(losses)[: len(ids)].double().sum()))
         n_bytes.append(int(shards.token_bytes[np.asarray(ids)].sum()))
     if not sum(n_bytes):
         raise UserError(f"{path} holds no text")

@@ -11,7 +11,7 @@ import importlib.metadata
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,8 @@ from experiments.settings import UserError
 FEWSHOT_SEED = 1234  # the harness's own default
 
 
-class TooLong(Exception):
-    """A benchmark does not fit the window that a model was trained with."""
+class NotScored(Exception):
+    """A benchmark that a model cannot be scored on, and why."""
 
 
 @dataclass
@@ -141,7 +141,7 @@ def score(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], limit: int | Non
         `items_id`, equal where items are; `truncated`, how many texts were too long for the window and were cut.
 
     Raises:
-        TooLong: an answer alone is longer than the window.
+        NotScored: an answer alone is longer than the window, or not every task has the benchmark's metric.
     """
     from lm_eval.evaluator import evaluate
 
@@ -150,32 +150,40 @@ def score(lm: Any, benchmark: Benchmark, tasks: dict[str, Any], limit: int | Non
         try:
             results = evaluate(lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=0, log_samples=True)
         except AssertionError as error:  # all that the harness says of an answer longer than the window
-            raise TooLong(
+            raise NotScored(
                 f"{benchmark.name} cannot be scored in a window of {lm.max_length} tokens: an answer is longer"
             ) from error
     assert results is not None, "one process scores alone"
     samples = {name: _chosen(rows, benchmark.filter) for name, rows in results["samples"].items()}
-    metrics = sorted(
-        {metric for rows in samples.values() for metric in rows[0]["metrics"] if _is_number(rows[0], metric)}
-    )
+    metrics = _shared_metrics(samples)
+    if benchmark.metric not in metrics:
+        raise NotScored(
+            f"{benchmark.name} has no metric {benchmark.metric} in all of its tasks, only "
+            f"{', '.join(metrics) or 'none'}: score it with the harness itself"
+        )
     items = {m: {name: [float(row[m]) for row in rows] for name, rows in samples.items()} for m in metrics}
-    chances = [1 / len(row["resps"]) for name, rows in samples.items() for row in rows if _is_choice(tasks[name])]
-    n = sum(map(len, samples.values()))
-    assert len(chances) in (0, n), "a benchmark's tasks are of one kind"
+    ways = {m: next(iter(tasks.values())).aggregation()[m] for m in metrics}
     ids = hashlib.sha256("".join(row["doc_hash"] for name in sorted(samples) for row in samples[name]).encode())
     return {
-        "metrics": {m: summary(list(values.values())) for m, values in items.items()},
-        "n": n,
-        "chance": (sum(chances) / n if chances else 0.0) if benchmark.metric.startswith(("acc", "exact")) else None,
-        "tasks": {name: {m: summary([items[m][name]])["value"] for m in metrics} for name in samples},
+        "metrics": {m: summary(list(values.values()), ways[m]) for m, values in items.items()},
+        "n": sum(map(len, samples.values())),
+        "chance": _chance(benchmark, tasks, samples),
+        "tasks": {name: {m: summary([items[m][name]], ways[m])["value"] for m in metrics} for name in samples},
         "items": {m: {name: _packed(values) for name, values in by_task.items()} for m, by_task in items.items()},
         "items_id": ids.hexdigest(),
         "truncated": len(truncated),
     }
 
 
-def summary(tasks: list[list[float]]) -> dict[str, float | None]:
-    """Mean over all items, and its standard error with the tasks as strata, since they are no sample of tasks."""
+def summary(tasks: list[list[float]], way: Callable[[list[float]], float] | None = None) -> dict[str, float | None]:
+    """A metric over all items, and its standard error with the tasks as strata, since they are no sample of tasks.
+
+    Args:
+        tasks: values of items, task by task.
+        way: from items to the metric; None, or the harness's own mean, is the mean. Others have no standard error.
+    """
+    if way is not None and way.__name__ != "mean":
+        return {"value": float(way([value for items in tasks for value in items])), "stderr": None}
     sizes = np.array([len(items) for items in tasks])
     variances = np.array([np.var(items, ddof=1) if len(items) > 1 else np.nan for items in tasks])
     stderr = float(np.sqrt(np.sum(sizes * variances)) / sizes.sum())
@@ -208,12 +216,26 @@ def _chosen(rows: list[dict[str, Any]], wanted: str) -> list[dict[str, Any]]:
     return sorted((row for row in rows if row["filter"] == name), key=lambda row: int(row["doc_id"]))
 
 
-def _is_number(row: dict[str, Any], metric: str) -> bool:
-    return isinstance(row[metric], bool | int | float | np.floating | np.integer | np.bool_)
+def _shared_metrics(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Metrics that every task has and that are a number an item; AGIEval, say, mixes kinds of tasks."""
+    number = bool | int | float | np.floating | np.integer | np.bool_
+    kinds = [{m for m in rows[0]["metrics"] if isinstance(rows[0][m], number)} for rows in samples.values()]
+    return sorted(set.intersection(*kinds))
 
 
-def _is_choice(task: Any) -> bool:
-    return bool(task.OUTPUT_TYPE == "multiple_choice")
+def _chance(benchmark: Benchmark, tasks: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> float | None:
+    """What guessing scores, item by item; None where that is not known, or the metric is no share of items."""
+    if not benchmark.metric.startswith(("acc", "exact")):
+        return None
+    levels: list[float | None] = []
+    for name, rows in samples.items():
+        kind = tasks[name].OUTPUT_TYPE
+        if kind == "multiple_choice":
+            levels += [1 / len(row["resps"]) for row in rows]
+        else:  # a text whose every token must be the likeliest is not met by guessing
+            levels += [0.0 if kind == "loglikelihood" else benchmark.guess] * len(rows)
+    known = [level for level in levels if level is not None]
+    return sum(known) / len(levels) if len(known) == len(levels) else None
 
 
 def _packed(values: list[float]) -> str | list[float]:

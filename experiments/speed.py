@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engram.decoding import DecodeState
@@ -190,7 +191,8 @@ def _prompt(model: Transformer, load: Load) -> Tensor:
 
 
 def _read(model: Transformer, tokens_BT: Tensor, state: DecodeState) -> Tensor:
-    return model(tokens_BT, state=state)[:, -1:].argmax(-1)
+    # Only the last token's logits, as a server does: those of a whole prompt are the largest tensor there is.
+    return F.linear(model.hidden(tokens_BT, state=state)[:, -1:], model.head_VD).argmax(-1)
 
 
 def _go_on(model: Transformer, last_B1: Tensor, state: DecodeState, new: int) -> None:

@@ -190,6 +190,41 @@ def test_strata_of_a_benchmark_give_its_standard_error() -> None:
     assert (apart["value"], apart["stderr"]) == (0.5, 0.0)
 
 
+def test_a_metric_that_is_no_mean_is_put_together_as_the_harness_does() -> None:
+    def perplexity(items: list[float]) -> float:
+        return math.exp(-sum(items) / len(items))
+
+    assert harness.summary([[-3.2], [-4.0]], perplexity) == {"value": pytest.approx(math.exp(3.6)), "stderr": None}
+
+
+def test_tasks_of_several_kinds_are_scored_by_what_they_share_and_chance_is_told_item_by_item() -> None:
+    class Task:
+        def __init__(self, kind: str) -> None:
+            self.OUTPUT_TYPE = kind
+
+    rows = {
+        "choose": [{"metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": 0.0, "resps": [0] * 4}] * 2,
+        "write": [{"metrics": ["acc"], "acc": 0.0, "resps": [0]}] * 2,
+    }
+    tasks = {"choose": Task("multiple_choice"), "write": Task("generate_until")}
+    assert harness._shared_metrics(rows) == ["acc"]
+    assert harness._chance(Benchmark("both", guess=0.0), tasks, rows) == pytest.approx((0.25 + 0.0) / 2)
+    assert (
+        harness._chance(Benchmark("letters", metric="exact_match"), {"write": tasks["write"]}, {"write": rows["write"]})
+        is None
+    )
+    assert harness._chance(Benchmark("drop", metric="f1"), tasks, rows) is None
+    assert harness._chance(Benchmark("lambada"), {"write": Task("loglikelihood")}, {"write": rows["write"]}) == 0
+
+
+def test_a_metric_that_a_task_lacks_skips_its_benchmark_alone(finished: Finished, tmp_path: Path) -> None:
+    data = write_items(tmp_path, "piqa", validation=[{"goal": "Sit.", "sol1": "Down.", "sol2": "Up.", "label": 0}] * 3)
+    write_items(tmp_path, "arc_easy", validation=ARC)
+    report = evaluate([finished], Asked([Benchmark("piqa", metric="f1"), Benchmark("arc_easy")], data))
+    assert report.skipped["piqa"].startswith("piqa has no metric f1 in all of its tasks, only acc, acc_norm")
+    assert [result["benchmark"] for result in report.results] == ["arc_easy"]
+
+
 @pytest.mark.parametrize(("value", "words"), [(0.55, "at chance, 0.5000"), (0.62, "above chance, 0.5000")])
 def test_a_model_at_chance_is_called_at_chance(value: float, words: str) -> None:
     result = {"benchmark": "blimp", "metric": "acc", "chance": 0.5, "n": 100}

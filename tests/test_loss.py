@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import engram.loss
-from engram.loss import cross_entropy
+from engram.loss import cross_entropy, token_losses
 
 N, D, V = 37, 16, 50
 
@@ -93,3 +93,12 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
     (grad,) = torch.autograd.grad(loss, x_ND, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.usefixtures("chunk")
+def test_losses_of_tokens_are_torchs_and_their_mean_is_the_loss() -> None:
+    x_ND, head_VD, targets_N = operands()
+    losses_N = token_losses(x_ND, head_VD, targets_N)
+    torch.testing.assert_close(losses_N, F.cross_entropy(x_ND @ head_VD.T, targets_N, reduction="none").detach())
+    torch.testing.assert_close(losses_N.mean(), cross_entropy(x_ND, head_VD, targets_N).detach())
+    assert not losses_N.requires_grad
