@@ -29,7 +29,7 @@ DPI = 150
 
 RHO_LABEL = "rho: share of the sparse parameters that are experts"
 LOSS_LABEL = "validation loss (nats per token)"
-OFFSET_LABEL = "minus loss at rho = 1"
+OFFSET_LABEL = "loss minus that at rho = 1\n(nats per token)"
 
 ARMS: dict[str, tuple[str, str]] = {
     "dense": ("dense", BLACK),
@@ -37,7 +37,7 @@ ARMS: dict[str, tuple[str, str]] = {
     "random-ids": ("random lookups", BROWN),
     "over-encoding": ("OverEncoding", GREY),
 }
-"""Arms drawn as horizontal marks: label and colour."""
+"""Arms drawn beside the curve over rho: label and colour."""
 
 
 def count(number: float) -> str:

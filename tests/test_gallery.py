@@ -134,6 +134,29 @@ def test_levels_are_drawn_with_simultaneous_intervals_and_optima(dossier: Dossie
         assert all(place["low"] <= place["rho"] <= place["high"] for place in optima)
 
 
+def test_every_mark_of_the_best_rho_is_named_in_room_without_data(dossier: Dossier) -> None:
+    for name in ("sparsity", "compute"):
+        figure = draw(dossier, name).figure
+        axes = figure.axes[1]
+        legend = axes.get_legend()
+        assert legend is not None
+        said = [text.get_text() for text in legend.get_texts()]
+        assert {"lowest mean loss", "95% bootstrap", "the paper: 0.75 to 0.80"} <= set(said)
+        assert any(text.startswith("line through them: ") for text in said)
+        figure.draw_without_rendering()
+        bottom = axes.transData.inverted().transform(legend.get_window_extent())[0, 1]
+        assert bottom > 1, "no rho is larger"
+        assert not axes.texts
+
+
+def test_a_minimum_on_the_edge_is_named_as_none() -> None:
+    table = rows_of("sparsity", make.levels("sparsity", {5: 1.6, 10: 0.6}), facts=RATIOS)
+    [found] = read_dossiers(table)
+    legend = draw(found, "sparsity").figure.axes[1].get_legend()
+    assert legend is not None
+    assert "lowest on the grid's edge: no optimum" in [text.get_text() for text in legend.get_texts()]
+
+
 def test_noise_names_spread_and_replicate(dossier: Dossier) -> None:
     drawn = draw(dossier, "noise")
     losses = list(dossier.suites["noise"].points[0].losses.values())
