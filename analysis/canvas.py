@@ -46,10 +46,15 @@ def png(figure: Figure) -> bytes:
 
 def new_figure(dossier: Dossier, what: str, size: tuple[float, float]) -> Figure:
     """An empty figure with a title and, where the runs are small, its warning below."""
+    return titled_figure(f"{dossier.name}: {what}", size, dossier.warning)
+
+
+def titled_figure(title: str, size: tuple[float, float], warning: str) -> Figure:
+    """The same for what is drawn from other tables than a dossier's; no warning if it is empty."""
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"{dossier.name}: {what}", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    if dossier.warning:
-        figure.supxlabel(dossier.warning, x=0.01, ha="left", fontsize=8, color=style.BROWN)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    if warning:
+        figure.supxlabel(warning, x=0.01, ha="left", fontsize=8, color=style.BROWN)
     return figure
 
 

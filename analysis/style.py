@@ -9,6 +9,7 @@ from typing import Any
 # line is darker than theirs because labels are set in it. Marks and dashes differ as well.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, BLACK, GREY, BROWN = "#AA4499", "#000000", "#767676", "#7F4F24"
+SKY = "#56B4E9"  # too light for text
 
 RC: Any = {
     "font.size": 10,
