@@ -117,6 +117,14 @@ def legend_above(axes: Axes, title: str | None = None) -> None:
     axes.legend(loc="upper center", ncols=5 if title else 3, title=title)
 
 
+def compare_scales(ours: Axes, papers: Axes, name: str) -> None:
+    """Say below the paper's title how much less its loss axis spans than ours: side by side they look alike."""
+    spans = [high - low for low, high in (ours.get_ylim(), papers.get_ylim())]
+    ratio = spans[0] / spans[1]
+    said = f"{ratio:.2g} times less" if ratio >= 1 else f"{1 / ratio:.2g} times more"
+    papers.set_title(f"{papers.get_title(loc='left')};\nits loss axis spans {said} than {name}'s")
+
+
 def log_ticks(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 times powers of ten, written as counts: 50k."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

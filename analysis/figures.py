@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from analysis import style
+from analysis.canvas import compare_scales
 from analysis.collect import write_atomically
 from analysis.errors import BadFile
 from analysis.fits import Difference, Parabola, offsets
@@ -56,7 +57,7 @@ def allocation(study: Study, paper: pd.DataFrame, warning: str = "") -> Figure:
         _absolute(left, study)
         _ours(above, study)
         _papers(below, paper)
-        _compare_scales(above, below)
+        compare_scales(above, below, "(b)")
         _controls(left, study)  # last, as they reach to the edge of the axis that all panels share
         above.tick_params(labelbottom=False)
         left.set_xlabel(style.RHO_LABEL)
@@ -201,15 +202,6 @@ def _apart(heights: list[float], gap: float) -> list[float]:
         placed[i] = min(placed[i], limit)
         limit = placed[i] - gap
     return placed
-
-
-def _compare_scales(ours: Axes, papers: Axes) -> None:
-    """Say below the paper's title how much less its axis spans: the panels stand on top of each other."""
-    ours_low, ours_high = ours.get_ylim()
-    low, high = papers.get_ylim()
-    ratio = (ours_high - ours_low) / (high - low)
-    said = f"{ratio:.2g} times less" if ratio >= 1 else f"{1 / ratio:.2g} times more"
-    papers.set_title(f"{papers.get_title(loc='left')};\nits loss axis spans {said} than (b)'s")
 
 
 def _ours(axes: Axes, study: Study) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import style
-from analysis.canvas import Drawn, as_numbers, bars, legend_above, log_ticks, new_figure, rows, seeds
+from analysis.canvas import Drawn, as_numbers, bars, compare_scales, legend_above, log_ticks, new_figure, rows, seeds
 from analysis.claims_memory import ablations, fit_slots
 from analysis.compare import Comparison, against
 from analysis.dossier import Dossier
@@ -77,6 +77,7 @@ def infinite_memory(dossier: Dossier) -> Drawn | None:
         left.set_title(f"(a) {_seeds(family, runs)}")
         legend_above(left, "points and their lines in log slots, drawn 3% aside")
         _papers_slots(right)
+        compare_scales(left, right, "(a)")
     said = ""
     if fit is not None:
         said = " ".join(f"{METHODS[s.method][0]}: {words(s.slope)} for ten times the slots." for s in fit.lines)
@@ -108,6 +109,7 @@ def layers(dossier: Dossier) -> Drawn | None:
         left.set_xticks(places)
         legend_above(left)
         _papers_layers(right)
+        compare_scales(left, right, "(a)")
     said = "The same memory in every single layer, and split over two."
     return Drawn(figure, said, _points(family))
 

@@ -63,6 +63,14 @@ def test_slots_are_counted_as_the_paper_does_and_a_line_moves_with_its_points(la
     assert "drawn 3% aside" in legend.get_title().get_text()
 
 
+def test_a_panel_of_the_paper_says_how_much_less_it_spans(dossier: Dossier) -> None:
+    for name in ("infinite-memory", "layers"):
+        ours, papers = draw(dossier, name).figure.axes
+        ratio = np.ptp(ours.get_ylim()) / np.ptp(papers.get_ylim())
+        said = f"{ratio:.2g} times less" if ratio >= 1 else f"{1 / ratio:.2g} times more"
+        assert f"spans {said} than (a)'s" in papers.get_title(loc="left")
+
+
 def test_rows_are_those_of_all_tables_where_the_number_of_tables_is_unknown(dossier: Dossier) -> None:
     assert draw(dossier, "infinite-memory").figure.axes[0].get_xlabel() == "rows of all tables"
 
