@@ -179,9 +179,8 @@ def _draw_benchmarks(dossier: Dossier, args: argparse.Namespace) -> None:
 
     chosen = points(dossier.of_one_backbone, read_table(_beside(args.table, "benchmarks")))
     if not chosen.empty:
-        for path in save(
-            draw(dossier.name, chosen), numbers(dossier.name, chosen), args.out / f"{dossier.name}_benchmarks"
-        ):
+        figure = draw(dossier.name, chosen, dossier.warning)
+        for path in save(figure, numbers(dossier.name, chosen), args.out / f"{dossier.name}_benchmarks"):
             print(path)
 
 

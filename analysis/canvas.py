@@ -46,10 +46,15 @@ def png(figure: Figure) -> bytes:
 
 def new_figure(dossier: Dossier, what: str, size: tuple[float, float]) -> Figure:
     """An empty figure with a title and, where the runs are small, its warning below."""
+    return titled_figure(f"{dossier.name}: {what}", size, dossier.warning)
+
+
+def titled_figure(title: str, size: tuple[float, float], warning: str) -> Figure:
+    """The same for what is drawn from other tables than a dossier's; no warning if it is empty."""
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"{dossier.name}: {what}", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    if dossier.warning:
-        figure.supxlabel(dossier.warning, x=0.01, ha="left", fontsize=8, color=style.BROWN)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    if warning:
+        figure.supxlabel(warning, x=0.01, ha="left", fontsize=8, color=style.BROWN)
     return figure
 
 
@@ -110,6 +115,14 @@ def legend_above(axes: Axes, title: str | None = None) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + (0.24 if title else 0.16) * (high - low))
     axes.legend(loc="upper center", ncols=5 if title else 3, title=title)
+
+
+def compare_scales(ours: Axes, papers: Axes, name: str) -> None:
+    """Say below the paper's title how much less its loss axis spans than ours: side by side they look alike."""
+    spans = [high - low for low, high in (ours.get_ylim(), papers.get_ylim())]
+    ratio = spans[0] / spans[1]
+    said = f"{ratio:.2g} times less" if ratio >= 1 else f"{1 / ratio:.2g} times more"
+    papers.set_title(f"{papers.get_title(loc='left')};\nits loss axis spans {said} than {name}'s")
 
 
 def log_ticks(axis: Axis) -> None:

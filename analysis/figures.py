@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from analysis import style
+from analysis.canvas import compare_scales
 from analysis.collect import write_atomically
 from analysis.errors import BadFile
 from analysis.fits import Difference, Parabola, offsets
@@ -24,6 +25,7 @@ from analysis.study import ALLOCATION, Arm, Study
 
 PAPER = Path(__file__).parent.parent / "results" / "paper" / "fig3_left_allocation.csv"
 """The paper's Figure 3, left, read from its vector drawing commands."""
+MARKS_OF_CONTROLS = {"module-only": "^", "random-ids": "v", "over-encoding": "D"}
 
 
 def read_paper(path: Path = PAPER) -> pd.DataFrame:
@@ -47,7 +49,7 @@ def allocation(study: Study, paper: pd.DataFrame, warning: str = "") -> Figure:
         warning: What must stand below runs that are too small to say anything.
     """
     with mpl.rc_context(style.RC):
-        figure = Figure(figsize=(11, 5.8), layout="constrained")
+        figure = Figure(figsize=(12, 6.2), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=[1.5, 1], height_ratios=[1.15, 1])
         left = figure.add_subplot(grid[:, 0])
         above = figure.add_subplot(grid[0, 1], sharex=left)
@@ -55,6 +57,8 @@ def allocation(study: Study, paper: pd.DataFrame, warning: str = "") -> Figure:
         _absolute(left, study)
         _ours(above, study)
         _papers(below, paper)
+        compare_scales(above, below, "(b)")
+        _controls(left, study)  # last, as they reach to the edge of the axis that all panels share
         above.tick_params(labelbottom=False)
         left.set_xlabel(style.RHO_LABEL)
         below.set_xlabel("rho")
@@ -124,7 +128,6 @@ def _absolute(axes: Axes, study: Study) -> None:
     if strict:
         label = "strict: equal P_act"
         axes.plot(*zip(*strict, strict=True), "s", mfc="white", mec=style.VERMILLION, ms=6, zorder=4, label=label)
-    _marks(axes, study, [loss for _, loss in strict])
     axes.set(title="(a) loss over rho, with controls", ylabel=style.LOSS_LABEL)
 
 
@@ -153,10 +156,13 @@ def _strict(study: Study) -> list[Arm]:
     return [a for a in study.arms if a.arm == ALLOCATION and a.mode == "strict" and a.loss]
 
 
-def _marks(axes: Axes, study: Study, others: list[float]) -> None:
-    """Draw the controls as lines with labels in the right margin; one far above or below is only named there."""
+def _controls(axes: Axes, study: Study) -> None:
+    """Draw the controls, with names in the right margin: one that has a rho stands there, a dense one is a line.
+
+    One far above or below is only named, with its loss.
+    """
     arms = [a for a in study.arms if a.arm in style.ARMS and a.loss]
-    shown = [*study.sweep.loss.ravel().tolist(), *others]
+    shown = [*study.sweep.loss.ravel().tolist(), *(float(np.mean(a.loss)) for a in _strict(study))]
     low, high = min(shown), max(shown)
     # A control may stretch the axis to twice the curve's own range; beyond that it would flatten the curve.
     room = max(high - low, 1e-4)
@@ -165,6 +171,7 @@ def _marks(axes: Axes, study: Study, others: list[float]) -> None:
     pad = 0.06 * max(high - low, 1e-4)
     axes.set_ylim(low - pad, high + pad)
     bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
     entries = []
     for arm in sorted(arms, key=lambda a: float(np.mean(a.loss))):
         name, colour = style.ARMS[arm.arm]
@@ -172,11 +179,15 @@ def _marks(axes: Axes, study: Study, others: list[float]) -> None:
         if arm.rho is not None and arm.arm not in ("dense", "module-only"):
             name += f", rho {arm.rho:.2f}"
         name += ", strict" if arm.mode == "strict" else ""
-        if bottom <= mean <= top:
+        if not bottom <= mean <= top:
+            name += f": {mean:.3f}, {'above' if mean > top else 'below'}"
+        elif arm.rho is None or arm.arm == "dense":
             axes.axhline(mean, color=colour, lw=1.4, ls="-.", zorder=1.5)
         else:
-            name += f": {mean:.3f}, {'above' if mean > top else 'below'}"
+            axes.plot([arm.rho, right], [mean, mean], ":", color=colour, lw=1, zorder=1.5)  # leads to its name
+            axes.plot([arm.rho], [mean], MARKS_OF_CONTROLS[arm.arm], color=colour, mec="white", ms=8, zorder=5)
         entries.append((min(max((mean - bottom) / (top - bottom), 0.0), 1.0), name, colour))
+    axes.set_xlim(left, right)
     for height, (_, name, colour) in zip(_apart([e[0] for e in entries], 0.05), entries, strict=True):
         axes.text(1.01, height, name, color=colour, transform=axes.transAxes, va="center", fontsize=9)
 

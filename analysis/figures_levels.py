@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -105,9 +104,9 @@ def _moving(dossier: Dossier, kind: str, levels: Sequence[Level]) -> Drawn | Non
         left.axhline(0, color=style.GREY, lw=1)
         left.plot([1], [0], "o", color=style.BLACK, ms=6, zorder=4)
         left.set(title=f"(a) {seeds(n)}", xlabel=style.RHO_LABEL, ylabel=style.OFFSET_LABEL)
-        legend_above(left, f"{short} at rho = 1")
+        legend_above(left, f"{short} at rho = 1, drawn side by side")
         _optima(right, found)
-        right.set(title="(b) where the loss is lowest", xlabel=long, ylabel="best rho", ylim=(-0.05, 1.05))
+        right.set(title="(b) where the loss is lowest", xlabel=long, ylabel="best rho")
     said = f"The best rho changes by {words(found.slope, digits=2)} for ten times the {short}."
     if found.at_edge:
         said += f" {len(found.at_edge)} of {len(levels)} minima are on an edge of the grid (open circles)."
@@ -115,26 +114,27 @@ def _moving(dossier: Dossier, kind: str, levels: Sequence[Level]) -> Drawn | Non
 
 
 def _optima(axes: Axes, found: Trend) -> None:
-    for x, place in zip(found.x, found.optima, strict=True):
-        face = "white" if place.edge is not None else style.BLUE
-        axes.plot([x], [place.rho], "o", color=style.BLUE, mfc=face, ms=7, zorder=3)
-        if place.low is not None and place.high is not None:
-            axes.vlines(x, place.low, place.high, color=style.BLUE, lw=1.6, zorder=2)
+    """Draw the best rho of every level and the line through them, with a legend in room of its own above rho = 1."""
+    kinds = (("lowest mean loss", style.BLUE, False), ("lowest on the grid's edge: no optimum", "white", True))
+    for name, face, at_edge in kinds:
+        places = [(x, p.rho) for x, p in zip(found.x, found.optima, strict=True) if (p.edge is not None) == at_edge]
+        if places:
+            axes.plot(*zip(*places, strict=True), "o", color=style.BLUE, mfc=face, ms=7, zorder=3, label=name)
+    barred = [(x, p.low, p.high) for x, p in zip(found.x, found.optima, strict=True) if p.low is not None]
+    if barred:
+        axes.vlines(*zip(*barred, strict=True), color=style.BLUE, lw=1.6, zorder=2, label="95% bootstrap")
     logs = np.log10(np.array(found.x))
     ends = np.array([logs.min(), logs.max()])
     mean = float(np.mean([place.rho for place in found.optima]))
-    axes.plot(10**ends, mean + found.slope.value * (ends - logs.mean()), "--", color=style.GREY, lw=1.2)
-    axes.axhspan(0.75, 0.80, color=style.ORANGE, alpha=0.25, lw=0)
-    note: dict[str, Any] = {
-        "fontsize": 8.5,
-        "va": "bottom",
-        "bbox": {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.0},
-    }
-    axes.text(0.03, 0.82, "the paper: 0.75 to 0.80", transform=axes.get_yaxis_transform(), zorder=4, **note)
+    line = f"line through them: {found.slope.value:+.2f} for ten times"
+    axes.plot(10**ends, mean + found.slope.value * (ends - logs.mean()), "--", color=style.GREY, lw=1.2, label=line)
+    axes.axhspan(0.75, 0.80, color=style.ORANGE, alpha=0.25, lw=0, label="the paper: 0.75 to 0.80")
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.set_xticks(found.x, [style.count(x) for x in found.x])
     axes.minorticks_off()
+    axes.set(ylim=(-0.05, 1.5), yticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
+    axes.legend(loc="upper left")
 
 
 def _numbers(found: Trend) -> dict[str, object]:

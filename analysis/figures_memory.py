@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import matplotlib as mpl
@@ -10,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import style
-from analysis.canvas import Drawn, as_numbers, bars, legend_above, log_ticks, new_figure, rows, seeds
+from analysis.canvas import Drawn, as_numbers, bars, compare_scales, legend_above, log_ticks, new_figure, rows, seeds
 from analysis.claims_memory import ablations, fit_slots
 from analysis.compare import Comparison, against
 from analysis.dossier import Dossier
@@ -20,7 +21,8 @@ from analysis.loglinear import Scaling, scaling
 from analysis.points import SuiteRuns
 from analysis.rules import words
 
-AGAINST_PURE = "loss minus that without memory (nats)"
+AGAINST_PURE = "loss minus that without memory (nats per token)"
+SLOTS = "slots: rows of each table"
 METHODS = {
     "engram": ("Engram", style.BLUE, "o"),
     "over-encoding": ("OverEncoding", style.VERMILLION, "s"),
@@ -58,21 +60,24 @@ def infinite_memory(dossier: Dossier) -> Drawn | None:
     with mpl.rc_context(style.RC):
         figure = new_figure(dossier, "loss against the number of slots", (11, 4.6))
         left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+        tables = _tables(runs)
+        lines = {} if fit is None else {line.method: line for line in fit.lines}
+        pure = float(np.mean(list(runs.pure.losses.values())))
+        # Side by side, or the intervals would hide one another; a line moves with its points.
         for shift, (arm, (name, colour, mark)) in zip((0.97, 1.03), METHODS.items(), strict=True):
             points = [point for point in runs.find(arm=arm) if point.name in family]
-            x = [shift * float(point.facts["n_slots"]) for point in points]  # side by side
+            x = [shift * float(point.facts["n_slots"]) / (tables or 1) for point in points]
             bars(left, x, [family[point.name].difference for point in points], colour, mark, label=name)
-        if fit is not None:
-            mean = float(np.mean(list(runs.pure.losses.values())))
-            for line in fit.lines:
+            if (line := lines.get(arm)) is not None:
                 at = np.geomspace(line.low_slots, line.high_slots, 50)
-                left.plot(at, line(at) - mean, "--", color=METHODS[line.method][1], lw=1.3)
+                left.plot(shift * at / (tables or 1), line(at) - pure, "--", color=colour, lw=1.3)
         left.axhline(0, color=style.BLACK, ls="-.", lw=1.4, label="no memory")
-        left.set(xscale="log", xlabel="rows of all tables", ylabel=AGAINST_PURE)
+        left.set(xscale="log", xlabel=_slots_label(runs, tables), ylabel=AGAINST_PURE)
         log_ticks(left.xaxis)
         left.set_title(f"(a) {_seeds(family, runs)}")
-        legend_above(left)
+        legend_above(left, "points and their lines in log slots, drawn 3% aside")
         _papers_slots(right)
+        compare_scales(left, right, "(a)")
     said = ""
     if fit is not None:
         said = " ".join(f"{METHODS[s.method][0]}: {words(s.slope)} for ten times the slots." for s in fit.lines)
@@ -104,6 +109,7 @@ def layers(dossier: Dossier) -> Drawn | None:
         left.set_xticks(places)
         legend_above(left)
         _papers_layers(right)
+        compare_scales(left, right, "(a)")
     said = "The same memory in every single layer, and split over two."
     return Drawn(figure, said, _points(family))
 
@@ -158,6 +164,29 @@ def _points(family: Mapping[str, Comparison]) -> dict[str, object]:
     }
 
 
+def _tables(runs: SuiteRuns) -> int | None:
+    """How many tables Engram's rows lie in, as the paper counts the rows of each; None if the table does not tell.
+
+    `slots-10x` gives each table ten times the vocabulary.
+    """
+    found = set()
+    for point in runs.find(arm="engram"):
+        named = re.fullmatch(r"slots-([\d.]+)x", point.variant or "")
+        vocabulary = point.facts["vocab_size"]
+        if named is None or not vocabulary:
+            return None
+        found.add(round(float(point.facts["n_slots"]) / (float(named[1]) * float(vocabulary))))
+    return found.pop() if len(found) == 1 and min(found) > 0 else None
+
+
+def _slots_label(runs: SuiteRuns, tables: int | None) -> str:
+    if tables is None:
+        return "rows of all tables"
+    # OverEncoding is one layer, and so holds as many rows in fewer tables than an Engram of several.
+    several = any(" " in str(point.facts["engram_layers"]) for point in runs.find(arm="engram"))
+    return f"{SLOTS} (OverEncoding: as many in all)" if several else SLOTS
+
+
 def _papers_slots(axes: Axes) -> None:
     points = read_paper("fig3_right_infinite_memory")
     pure = float(points.loc[points["method"] == "moe", "val_loss"].iloc[0])
@@ -169,7 +198,7 @@ def _papers_slots(axes: Axes) -> None:
         x = np.geomspace(line.low_slots, line.high_slots, 50)
         axes.plot(x, line(x) - pure, "--", color=colour, lw=1.3)
     axes.axhline(0, color=style.BLACK, ls="-.", lw=1.4, label="no memory")
-    axes.set(xscale="log", xlabel="rows of each table")
+    axes.set(xscale="log", xlabel=SLOTS)
     log_ticks(axes.xaxis)
     axes.set_title("(b) the paper, 3B MoE, one run a point")
     axes.legend(loc="lower left")

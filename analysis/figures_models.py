@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib as mpl
 import numpy as np
 
@@ -13,6 +15,7 @@ from analysis.dossier import Dossier, interior, rho_name
 from analysis.figures_memory import read_paper
 from analysis.fits import Difference
 from analysis.jump import jump
+from analysis.points import Point
 from analysis.rules import words
 from analysis.seeds import noise
 
@@ -114,14 +117,15 @@ def noise_over_seeds(dossier: Dossier) -> Drawn | None:
             axes.plot(
                 *zip(*again, strict=True), "s", mfc="none", mec=style.VERMILLION, ms=11, label="the same seed again"
             )
-        axes.axhline(found.mean, color=style.BLUE, lw=1.2)
-        axes.axhspan(found.mean - found.sd.value, found.mean + found.sd.value, color=style.BLUE, alpha=0.1, lw=0)
+        axes.axhline(found.mean, color=style.BLUE, lw=1.2, label="mean")
+        low, high = found.mean - found.sd.value, found.mean + found.sd.value
+        axes.axhspan(low, high, color=style.BLUE, alpha=0.1, lw=0, label="one standard deviation either side")
         axes.set(xlabel="seed", ylabel=style.LOSS_LABEL)
         axes.set_xticks(list(losses))
-        axes.set_title(
-            f"mean and standard deviation of {found.n} seeds: {_plain(found.sd.value, found.sd.low, found.sd.high)}"
-        )
-        axes.legend(loc="best")
+        sd = _plain(found.sd.value, found.sd.low, found.sd.high)
+        axes.set_title(f"{found.n} seeds: mean {found.mean:.4f}, standard deviation {sd} nats per token")
+        # Beside the points: the band leaves no room among them.
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     said = f"Two single runs of different seeds must differ by {found.detectable:.4f} nats to be told apart."
     if found.replicates:
         largest = max(abs(value) for value in found.replicates)
@@ -157,18 +161,23 @@ def lr(dossier: Dossier) -> Drawn | None:
                 spread(axes, float(point.facts["lr"]), list(point.losses.values()), COLOURS[i % 6], MARKS[i % 6])
             means = [float(np.mean(list(p.losses.values()))) for p in here]
             x = [float(p.facts["lr"]) for p in here]
-            axes.plot(x, means, MARKS[i % 6] + "-", color=COLOURS[i % 6], lw=1.3, ms=6.5, label=f"rho {rho:.2f}")
+            axes.plot(x, means, MARKS[i % 6] + "-", color=COLOURS[i % 6], lw=1.3, ms=6.5, label=_side(rho, here))
             best[f"rho {rho:.2f}"] = x[int(np.argmin(means))]
         axes.set(xscale="log", xlabel="peak learning rate", ylabel=style.LOSS_LABEL)
         axes.set_xticks(sorted({float(p.facts["lr"]) for p in points}))
         axes.set_xticklabels([f"{x:.3g}" for x in sorted({float(p.facts["lr"]) for p in points})])
         axes.minorticks_off()
-        P_act = style.count(float(points[0].facts["P_act"]))
-        axes.set_title(f"P_act {P_act}, {runs.n_seeds} seed{'s' * (runs.n_seeds > 1)} (dots) and their mean")
+        axes.set_title(f"{runs.n_seeds} seed{'s' * (runs.n_seeds > 1)} (dots) and their mean")
         axes.legend(loc="best")
     said = "Lowest mean loss at " + ", ".join(f"{rate:.3g} for {name}" for name, rate in best.items()) + "."
     return Drawn(figure, said, {"best": best})
 
 
+def _side(rho: float, points: Sequence[Point]) -> str:
+    """`rho 0.81: P_act 49.6k`: a memory adds a little to what is active, unless the mode is strict."""
+    sizes = [style.count(size) for size in sorted({float(point.facts["P_act"]) for point in points})]
+    return f"rho {rho:.2f}: P_act " + " to ".join(dict.fromkeys((sizes[0], sizes[-1])))
+
+
 def _plain(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.4f}" if low is None or high is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
+    return f"{value:.4f}" if low is None or high is None else f"{value:.4f} (95%: {low:.4f} to {high:.4f})"

@@ -9,6 +9,7 @@ from typing import Any
 # line is darker than theirs because labels are set in it. Marks and dashes differ as well.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, BLACK, GREY, BROWN = "#AA4499", "#000000", "#767676", "#7F4F24"
+SKY = "#56B4E9"  # too light for text
 
 RC: Any = {
     "font.size": 10,
@@ -29,7 +30,7 @@ DPI = 150
 
 RHO_LABEL = "rho: share of the sparse parameters that are experts"
 LOSS_LABEL = "validation loss (nats per token)"
-OFFSET_LABEL = "minus loss at rho = 1"
+OFFSET_LABEL = "loss minus that at rho = 1\n(nats per token)"
 
 ARMS: dict[str, tuple[str, str]] = {
     "dense": ("dense", BLACK),
@@ -37,7 +38,7 @@ ARMS: dict[str, tuple[str, str]] = {
     "random-ids": ("random lookups", BROWN),
     "over-encoding": ("OverEncoding", GREY),
 }
-"""Arms drawn as horizontal marks: label and colour."""
+"""Arms drawn beside the curve over rho: label and colour."""
 
 
 def count(number: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,77 @@ def test_the_figure_shows_the_sweep_alone() -> None:
     found = numbers("tiny", chosen)["benchmarks"][0]
     assert [point["rho"] for point in found["points"]] == [0.8, 0.8, 1.0, 1.0]
     assert found["rank_correlation"] is not None
-    assert len(draw("tiny", chosen).axes) == 3
+    assert len(draw("tiny", chosen, "").axes) == 3
+
+
+def scored(
+    benchmarks: Sequence[tuple[str, str, float | None, int]], seeds: dict[float, tuple[int, ...]]
+) -> pd.DataFrame:
+    """Results of a sweep as `points` gives them: (benchmark, metric, chance, items) at each rho and seed."""
+    rows = []
+    for benchmark, metric, chance, n in benchmarks:
+        for rho, of_rho in seeds.items():
+            for seed in of_rho:
+                row = dict.fromkeys(COLUMNS) | {"run_id": f"r{rho}-{seed}", "benchmark": benchmark, "shots": 0, "n": n}
+                row |= {"metric": metric, "chance": chance, "value": 0.5 + 0.1 * seed + 0.01 * rho, "items_id": str(n)}
+                rows.append(row | {"rho": rho, "seed": seed, "valid_loss": 3.0 + seed + rho})
+    return pd.DataFrame(rows)
+
+
+def legend_of(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_scores_and_bits_per_byte_have_axes_of_their_own_that_say_what_is_better() -> None:
+    both = [("arc_easy", "acc", 0.25, 500), ("bits_per_byte_wiki", "bits_per_byte", None, 20)]
+    figure = draw("tiny", scored(both, {0.5: (0, 1), 1.0: (0, 1)}), "careful")
+    _, scores, over_loss, bits, bits_over_loss = figure.axes
+    assert "higher is better" in scores.get_ylabel()
+    assert "share of items" in scores.get_ylabel()
+    assert "bits per byte" in bits.get_ylabel()
+    assert "lower is better" in bits.get_ylabel()
+    assert [label.split(":")[0] for label in legend_of(over_loss)] == ["arc_easy, 500 items"]
+    assert [label.split(":")[0] for label in legend_of(bits_over_loss)] == ["bits_per_byte_wiki, 20 items"]
+    assert "-1 would be perfect" in over_loss.get_legend().get_title().get_text()
+    assert "+1 would be perfect" in bits_over_loss.get_legend().get_title().get_text()
+
+
+def test_the_figure_carries_the_warning_of_its_runs() -> None:
+    figure = draw("tiny", scored([("a", "acc", 0.5, 10)], {0.5: (0,), 1.0: (0,)}), "One-minute runs")
+    assert figure._supxlabel.get_text() == "One-minute runs"  # type: ignore[attr-defined]
+    assert draw("tiny", scored([("a", "acc", 0.5, 10)], {1.0: (0,)}), "")._supxlabel is None  # type: ignore[attr-defined]
+
+
+def test_no_two_benchmarks_look_alike_or_read_alike() -> None:
+    many = [(f"task{i % 13}", "acc", 0.25, 100 + 50 * (i // 13)) for i in range(26)]
+    axes = draw("tiny", scored(many, {0.5: (0, 1), 1.0: (0, 1)}), "").axes[2]
+    assert len(set(legend_of(axes))) == 26
+    shown = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in shown}
+    assert len(looks) == 26
+    assert len({line.get_color() for line in shown[:9]}) == 9
+
+
+def test_equal_numbers_of_other_items_are_told_apart() -> None:
+    twice = scored([("arc_easy", "acc", 0.25, 500)], {0.5: (0, 1), 1.0: (0, 1)})
+    axes = draw("tiny", pd.concat([twice, twice.assign(items_id="ffff", limit=500)]), "").axes[2]
+    assert {label.split(":")[0] for label in legend_of(axes)} == {
+        "arc_easy, 500 items, limit none", "arc_easy, 500 items, limit 500"
+    }  # fmt: skip
+
+
+def test_lines_join_means_of_the_seeds_that_every_rho_has() -> None:
+    """A third seed of one rho alone would bend them: here every seed is a nat from the next."""
+    chosen = scored([("a", "acc", 0.25, 10)], {0.5: (0, 1), 0.75: (0, 1, 5), 1.0: (0, 1)})
+    loss, scores = draw("tiny", chosen, "").axes[:2]
+    [line] = [line for line in loss.lines if line.get_linestyle() == "-"]
+    assert line.get_ydata() == pytest.approx([4.0, 4.25, 4.5])
+    assert "2 seeds that every rho has" in loss.get_title(loc="left")
+    [line] = [line for line in scores.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 3]
+    assert line.get_ydata() == pytest.approx([0.305, 0.3075, 0.31])
+    apart = draw("tiny", scored([("a", "acc", 0.25, 10)], {0.5: (0,), 1.0: (1,)}), "").axes
+    assert "no line" in apart[0].get_title(loc="left")
+    assert "no line" in legend_of(apart[2])[0]
 
 
 def write_result(folder: Path, run: str = "r0", **changes: Any) -> Path:

@@ -173,8 +173,22 @@ def test_the_controls_are_marked_at_their_mean_loss_and_named() -> None:
         "random lookups, rho 0.80",
         "OverEncoding, rho 0.80",
     }
-    heights = {float(np.asarray(line.get_ydata())[0]) for line in figure.axes[0].lines if line.get_linestyle() == "-."}
-    assert heights == {float(np.mean(a.loss)) for a in study.arms if a.arm in CONTROLS}
+    means = {a.arm: (a.rho, float(np.mean(a.loss))) for a in study.arms if a.arm in CONTROLS}
+    lines = figure.axes[0].lines
+    level = [float(np.asarray(line.get_ydata())[0]) for line in lines if line.get_linestyle() == "-."]
+    assert level == [means.pop("dense")[1]], "it has no rho, and so is a line"
+    points = {tuple(map(float, line.get_xydata()[0])) for line in lines if line.get_marker() in ("^", "v", "D")}  # type: ignore[index]
+    assert points == set(means.values()), "a run at one rho is a point there"
+
+
+def test_a_paper_on_another_scale_is_said_to_be() -> None:
+    _, ours, papers = draw(study_of(make_table(lambda rho: 4.2 + (rho - 0.7) ** 2))).axes
+    low, high = papers.get_ylim()
+    times = (ours.get_ylim()[1] - ours.get_ylim()[0]) / (high - low)
+    assert times > 10
+    assert f"{times:.2g} times less than (b)'s" in papers.get_title(loc="left")
+    coarser = draw(study_of(make_table(lambda rho: 4.2 + 0.001 * rho, controls={}))).axes[2]
+    assert "times more than (b)'s" in coarser.get_title(loc="left")
 
 
 def test_a_control_far_above_is_named_with_its_loss_and_does_not_flatten_the_curve() -> None:

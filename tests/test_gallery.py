@@ -140,6 +140,8 @@ def test_noise_names_spread_and_replicate(dossier: Dossier) -> None:
     assert drawn.numbers["sd"]["value"] == pytest.approx(float(np.std(losses, ddof=1)))
     assert drawn.numbers["replicates"] == (0.0,)
     assert "the same loss to the last bit" in drawn.caption
+    title = drawn.figure.axes[0].get_title(loc="left")
+    assert f"8 seeds: mean {np.mean(losses):.4f}, standard deviation {np.std(losses, ddof=1):.4f} (" in title
 
 
 def test_rates_and_costs_are_those_of_the_table(dossier: Dossier) -> None:
