@@ -19,8 +19,8 @@ from analysis.style import count, numbers_table
 ALPHA = 0.05
 LARGE = "engram-large"
 NOTE = """\
-Loss in nats per token; bits per byte of the validation text. Scores are means over seeds, +- one standard error, which
-adds the spread over items to that over seeds; {seeds}
+Loss in nats per token; bits per byte of the validation text. All is over the seeds that every arm has finished. Scores
+are means over seeds, +- one standard error, which adds the spread over items to that over seeds; {seeds}
 _At chance_: the 95% interval holds what guessing scores, or there is none. Differences are taken at equal seeds and
 equal items, with 95% t intervals; p is corrected by Holm over all {comparisons} comparisons of this table, bold below
 0.05. An interval around zero says that no difference was shown, not that there is none.
@@ -54,7 +54,7 @@ def baselines(name: str, runs: pd.DataFrame, results: pd.DataFrame, speeds: pd.D
         return None
     seeds = {int(seed) for arm in arms for seed in arm.runs["seed"]}
     results = results.merge(runs[["run_id", "arm", "seed"]].drop_duplicates("run_id"), on="run_id", validate="m:1")
-    groups = {title_of(rows): rows for _, rows in results.groupby(SAME, dropna=False)}
+    groups = _titled([rows for _, rows in results.groupby(SAME, dropna=False)])
     differing: dict[str, list[Estimate | None]] = {
         "validation loss": _loss_differences(arms, "valid_loss"),
         "bits per byte": _loss_differences(arms, "valid_bpb"),
@@ -102,6 +102,10 @@ def _arms(runs: pd.DataFrame) -> list[_Arm] | None:
         "Engram": sweep[(sweep["rho"] - rho).abs() < 1e-9],
         "Engram, large": large,
     }
+    # Means over other seeds would differ by the seeds; differences are taken over shared ones anyway.
+    shared = set.intersection(*(set(rows["seed"]) for rows in parts.values() if not rows.empty))
+    if shared:
+        parts = {title: rows[rows["seed"].isin(shared)] for title, rows in parts.items()}
     return [_Arm(title, rows) for title, rows in parts.items()]
 
 
@@ -113,6 +117,17 @@ def _head(runs: pd.DataFrame, seeds: set[int]) -> str:
     if p_act < 50e6:
         text += f" Tiny models (P_act {count(p_act)}): the pipeline is shown, nothing is said about the paper's scale."
     return text
+
+
+def _titled(groups: list[pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Results by title. Where titles are alike, what else tells the results apart is added: the harness, say."""
+    titles = [title_of(rows) for rows in groups]
+    found = {}
+    for title, rows in zip(titles, groups, strict=True):
+        alike = [other.iloc[0] for text, other in zip(titles, groups, strict=True) if text == title]
+        told = [f"{key} {str(rows[key].iloc[0])[:12]}" for key in SAME if len({str(one[key]) for one in alike}) > 1]
+        found[f"{title}; {', '.join(told)}" if told else title] = rows
+    return found
 
 
 def title_of(rows: pd.DataFrame) -> str:

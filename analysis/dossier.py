@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -35,7 +36,7 @@ class Dossier:
     troubles: tuple[str, ...] = ()
     """Why a suite that has runs could not be read."""
     across: tuple[Level, ...] = field(default=(), repr=False)
-    """The curves of all budgets of the table, by training FLOPs at rho = 1: the same for every dossier."""
+    """By training FLOPs at rho = 1, this curve and that of each other budget that has one of equal corpus and code."""
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -87,7 +88,11 @@ class Dossier:
         return tuple(found)
 
     def curve(self, *controls: str) -> Paired | None:
-        """Losses of the curve over rho, named `rho 0.750`, and of controls, over the seeds that all of them share."""
+        """Losses of the curve over rho, named `rho 0.750`, and of controls, over the seeds that all of them share.
+
+        Raises:
+            UserError: a control was run at several rho.
+        """
         if self.study is None:
             return None
         sweep = self.study.sweep
@@ -100,6 +105,9 @@ class Dossier:
             arms = arms or [a for a in self.study.arms if a.mode == name and a.loss]  # `strict`
             if not arms:
                 return None
+            if len(arms) > 1:
+                places = ", ".join(f"{arm.rho:.2f}" for arm in arms)
+                raise UserError(f"{name} was run at rho = {places}, and which one counts is not said: keep one of them")
             losses[name] = dict(zip(arms[0].seeds, arms[0].loss, strict=True))
         return paired(losses)
 
@@ -142,17 +150,40 @@ def read_dossiers(table: pd.DataFrame, budget: str | None = None) -> list[Dossie
                 curves |= {place: read_study(place, rows) for place, rows in split(table, name).items()}
             except UserError as error:
                 troubles.setdefault(name, []).append(f"{ALLOCATION}: {error}")
-    across = tuple(
-        sorted((Level(_flops(study), name, study) for name, study in curves.items()), key=lambda level: level.number)
-    )
     found = []
     for place, suites in sorted(by_name.items()):
         of = next(iter(suites.values())).budget
         if budget is None or of == budget:
-            found.append(Dossier(place, suites, curves.get(place), tuple(troubles.get(of, ())), across))
+            found.append(Dossier(place, suites, curves.get(place), tuple(troubles.get(of, ())), _across(curves, place)))
     if not found:
-        raise UserError("no finished runs: " + "; ".join(t for all_ in troubles.values() for t in all_))
+        why = "; ".join(t for all_ in troubles.values() for t in all_)
+        if diverged := int((table["status"] == "diverged").sum()):
+            why = f"all {diverged} runs diverged" if diverged == len(table) else f"{diverged} runs diverged; {why}"
+        raise UserError(f"no finished runs: {why or 'the table is empty'}")
     return found
+
+
+def _across(curves: Mapping[str, Study], place: str) -> tuple[Level, ...]:
+    """A curve among those of other budgets. Corpus and code are equal in all, so that only size tells them apart.
+
+    A budget with several such curves, of other lengths say, is left out: which of them counts is not said.
+    """
+    if place not in curves:
+        return ()
+    own = curves[place].reference
+    alike = {
+        name: study
+        for name, study in curves.items()
+        if all(study.reference[key] == own[key] for key in ("corpus", "schema"))
+    }
+    budgets = [study.reference["budget"] for study in alike.values()]
+    chosen = [
+        Level(_flops(study), name, study)
+        for name, study in alike.items()
+        if name == place
+        or (study.reference["budget"] != own["budget"] and budgets.count(study.reference["budget"]) == 1)
+    ]
+    return tuple(sorted(chosen, key=lambda level: level.number))
 
 
 def _flops(study: Study) -> float:

@@ -127,7 +127,7 @@ def read_suites(table: pd.DataFrame, suite: str, budget: str | None = None) -> l
         of_budget = rows[rows["budget"] == name]
         final = of_budget[of_budget["status"] == "final"]
         groups = alike(final, same)
-        for place, group in zip(names_of(name, groups, same), groups, strict=True):
+        for place, group in zip(names_of(name, groups, table[table["budget"] == name]), groups, strict=True):
             stopped = of_budget[(of_budget["status"] == "diverged") & same_origin(of_budget, group)]
             found.append(_suite_runs(place, name, suite, group, stopped))
     return found

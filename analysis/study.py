@@ -69,12 +69,15 @@ def split(table: pd.DataFrame, budget: str | None = None) -> dict[str, pd.DataFr
     chosen = budgets if budget is None else [budget]
     found: dict[str, pd.DataFrame] = {}
     for name in chosen:
-        rows = rows_of_suite(table[table["budget"] == name], ALLOCATION)
+        of_budget = table[table["budget"] == name]
+        rows = rows_of_suite(of_budget, ALLOCATION)
         final, diverged = rows[rows["status"] == "final"], rows[rows["status"] == "diverged"]
         sweeps = [group for group in alike(final, SAME) if (group["arm"] == ALLOCATION).any()]
-        for place, group in zip(names_of(name, sweeps, SAME), sweeps, strict=True):
+        for place, group in zip(names_of(name, sweeps, of_budget), sweeps, strict=True):
             found[place] = pd.concat([group, _gaps(diverged, group)])
     if not found:
+        if (rows["status"] == "diverged").all() and len(rows):
+            raise UserError(f"all {len(rows)} runs of the allocation sweep of {name} diverged: lower train.optim.lr")
         raise UserError(f"no allocation sweep among the runs of {', '.join(chosen)}: train one with `make sweep`")
     return found
 
@@ -84,11 +87,20 @@ def alike(rows: pd.DataFrame, columns: Sequence[str]) -> list[pd.DataFrame]:
     return [group for _, group in rows.groupby(list(columns), dropna=False)]
 
 
-def names_of(name: str, groups: Sequence[pd.DataFrame], columns: Sequence[str]) -> list[str]:
-    """The budget's name, and after it what tells each group from the others."""
-    first = [{c: "none" if pd.isna(v := group[c].iloc[0]) else str(v) for c in columns} for group in groups]
-    differing = [c for c in columns if len({values[c] for values in first}) > 1]
-    return ["_".join([name, *(f"{c}-{values[c][:12]}" for c in differing)]) for values in first]
+def names_of(name: str, groups: Sequence[pd.DataFrame], budget: pd.DataFrame) -> list[str]:
+    """The budget's name, and after it what tells each group from the others.
+
+    Args:
+        name: the budget's.
+        groups: of one suite.
+        budget: all rows of the budget. What tells its data and code apart is named in every suite alike, so that suites
+            find each other; length only where that does not tell.
+    """
+    first = [{c: "none" if pd.isna(v := group[c].iloc[0]) else str(v) for c in SAME} for group in groups]
+    telling = [c for c in CODE_AND_DATA if budget[c].nunique(dropna=False) > 1]
+    if len({tuple(values[c] for c in telling) for values in first}) < len(groups):
+        telling += [c for c in SAME if c not in CODE_AND_DATA and len({values[c] for values in first}) > 1]
+    return ["_".join([name, *(f"{c}-{values[c][:12]}" for c in telling)]) for values in first]
 
 
 def same_origin(rows: pd.DataFrame, group: pd.DataFrame) -> pd.Series:

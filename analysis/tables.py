@@ -15,10 +15,10 @@ from analysis.style import count
 HEADER = ["arm", "rho", "experts", "slots", "P_tot", "P_act", "FLOPs/token", "loss", "SD", "minus rho = 1 (95%)"]
 HEADER += ["bpb", "seeds"]
 NOTE = """\
-Loss in nats per token, mean over the seeds that finished. SD: standard deviation over those seeds; paired differences
-are free of what it has in common. `minus rho = 1`: loss minus the loss of the pure mixture of experts at equal seeds;
-its interval is simultaneous over rho for `allocation` and a t interval for every other arm, from a pooled variance
-(`analysis/fits.py`). Slots: rows of all tables. bpb: bits per byte.
+Loss in nats per token, mean over the seeds that finished at every rho. SD: standard deviation over those seeds; paired
+differences are free of what it has in common. `minus rho = 1`: loss minus the loss of the pure mixture of experts at
+equal seeds; its interval is simultaneous over rho for `allocation` and a t interval for every other arm, from a pooled
+variance (`analysis/fits.py`). Slots: rows of all tables. bpb: bits per byte.
 """
 
 
@@ -33,7 +33,7 @@ def allocation(study: Study, warning: str = "") -> str:
         "",
         "| " + " | ".join(HEADER) + " |",
         "| --- |" + " ---: |" * (len(HEADER) - 1),
-        *("| " + " | ".join(_cells(arm)) + " |" for arm in arms),
+        *("| " + " | ".join(_cells(arm, study.sweep.seeds)) + " |" for arm in arms),
         "",
         NOTE,
     ]
@@ -114,8 +114,11 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
-def _cells(arm: Arm) -> tuple[str, ...]:
-    row, n = arm.first, len(arm.loss)
+def _cells(arm: Arm, whole: Sequence[int]) -> tuple[str, ...]:
+    row = arm.first
+    # A mean over more seeds than its neighbours' would differ from them by the seeds.
+    losses = [loss for seed, loss in zip(arm.seeds, arm.loss, strict=True) if seed in whole] or list(arm.loss)
+    n = len(losses)
     sizes = (
         _whole(row["n_routed_experts"]),
         _whole(row["n_slots"]),
@@ -125,11 +128,12 @@ def _cells(arm: Arm) -> tuple[str, ...]:
         arm.arm + (" (strict)" if arm.mode == "strict" else ""),
         "-" if arm.rho is None else f"{arm.rho:.3f}",
         *sizes,
-        f"{mean(arm.loss):.4f}" if n else "-",
-        f"{stdev(arm.loss):.4f}" if n > 1 else "-",
+        f"{mean(losses):.4f}" if n else "-",
+        f"{stdev(losses):.4f}" if n > 1 else "-",
         _difference(arm),
         "-" if arm.bpb is None else f"{arm.bpb:.4f}",
-        f"{n}" + (f" ({arm.n_diverged} diverged)" if arm.n_diverged else ""),
+        (f"{n} of {len(arm.loss)}" if n < len(arm.loss) else f"{n}")
+        + (f" ({arm.n_diverged} diverged)" if arm.n_diverged else ""),
     )
 
 

@@ -145,6 +145,22 @@ def test_other_items_are_another_benchmark() -> None:
     assert len([line for line in text.splitlines() if line.startswith("| blimp")]) == 4
 
 
+def test_results_of_two_harnesses_stand_side_by_side_and_neither_hides_the_other() -> None:
+    old, new = (results_table({"allocation": share, "engram": share}) for share in (0.8, 0.9))
+    text = baselines("tiny", runs_table(), pd.concat([old, new.assign(harness="lm-eval-9")]), NO_SPEEDS)
+    assert text is not None
+    lines = [line for line in text.splitlines() if line.startswith("| blimp")]
+    assert len(lines) == len(set(lines)) == 4
+    assert sum("harness lm-eval-9" in line for line in lines) == 2
+
+
+def test_losses_stand_over_the_seeds_that_every_arm_has() -> None:
+    runs = runs_table()
+    more = runs[runs["arm"] == "allocation"].assign(seed=99, run_id="rmore", valid_loss=9.0)
+    one, two = (baselines("tiny", rows, results_table({}), NO_SPEEDS) for rows in (runs, pd.concat([runs, more])))
+    assert one == two
+
+
 def test_a_study_without_the_large_engram_has_no_such_table() -> None:
     runs = runs_table()
     assert baselines("tiny", runs[runs["arm"] != "engram-large"], results_table({}), NO_SPEEDS) is None

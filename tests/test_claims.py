@@ -115,6 +115,37 @@ def test_stability_over_compute_needs_two_budgets() -> None:
     assert (alone.verdict, alone.measured) == ("not run", "1 of at least two levels of FLOPs")
 
 
+def test_stability_over_compute_takes_equal_text_and_code_and_one_curve_a_budget() -> None:
+    def curve(**facts: Any) -> pd.DataFrame:
+        rows = rows_of("allocation", make.allocation(at=0.7), sigma=0.0002, **facts)
+        return rows.assign(run_id=rows["run_id"] + str(len(facts)) + str(facts.get("data", ""))[:4])
+
+    own, larger = curve(corpus="python"), curve(corpus="python", budget="c", flops_per_token=3.4e10)
+    other_text = curve(corpus="wiki", budget="d", flops_per_token=3.4e11)
+    again = curve(corpus="python", budget="c", flops_per_token=3.4e10, data="cd" * 32)
+    levels = [[level.label for level in d.across] for d in read_dossiers(pd.concat([own, larger, other_text]))]
+    assert levels == [["b", "c"], ["b", "c"], ["d"]]
+    dossiers = {d.name: d for d in read_dossiers(pd.concat([own, larger, again]))}
+    assert [level.label for level in dossiers["b"].across] == ["b"], "which curve of c counts is not said"
+    assert len(dossiers) == 3
+
+
+def test_a_control_at_two_rho_is_not_judged_by_either() -> None:
+    rows = rows_of("allocation", make.allocation({"random-ids": 1.71}))
+    control = rows[rows["arm"] == "random-ids"]
+    more = control.assign(rho=0.2, run_id=control["run_id"] + "b", valid_loss=control["valid_loss"] - 1)
+    answer = found(one(pd.concat([rows, more])), "random-ids").answer
+    assert answer.verdict == "not run"
+    assert answer.measured.startswith("random-ids was run at rho = 0.20, ")
+
+
+def test_suites_of_a_budget_find_each_other_where_one_of_them_was_run_on_two_corpora() -> None:
+    curve, parts = rows_of("allocation", make.allocation()), rows_of("layers", make.placements())
+    other = curve.assign(data="cd" * 32, run_id=curve["run_id"] + "b")
+    by_name = {d.name: set(d.suites) for d in read_dossiers(pd.concat([curve, other, parts]))}
+    assert by_name == {"b_data-abababababab": {"allocation", "layers"}, "b_data-cdcdcdcdcdcd": {"allocation"}}
+
+
 def test_a_minimum_on_the_edge_decides_nothing_about_stability() -> None:
     edge = make.levels("sparsity", {5: 0.7, 10: 0.7, 20: -0.5})
     answer = found(one(rows_of("sparsity", edge, facts=RATIOS)), "sparsity").answer
