@@ -20,7 +20,8 @@ ALPHA = 0.05
 LARGE = "engram-large"
 NOTE = """\
 Loss in nats per token; bits per byte of the validation text. All is over the seeds that every arm has finished. Scores
-are means over seeds, +- one standard error, which adds the spread over items to that over seeds; {seeds}
+are means over seeds, +- one standard error, which adds the spread over items to that over seeds;
+{seeds}
 _At chance_: the 95% interval holds what guessing scores, or there is none. Differences are taken at equal seeds and
 equal items, with 95% t intervals; p is corrected by Holm over all {comparisons} comparisons of this table, bold below
 0.05. An interval around zero says that no difference was shown, not that there is none.
