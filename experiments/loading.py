@@ -113,7 +113,7 @@ def load_run(path: Path) -> Run:
     Raises:
         UserError: the file is not a run of this version.
     """
-    with _blaming(str(path)):
+    with _blaming(str(path), "if it was damaged, move its directory away and launch again"):
         run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), _read(path)))
     assert isinstance(run, Run)
     return run
@@ -158,14 +158,17 @@ def _check_runtime(runtime: Runtime, prefix: str = "") -> None:
 
 
 @contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    """Turn what OmegaConf, YAML and our own dataclasses raise into one line that begins with `what`."""
+def _blaming(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn what OmegaConf, YAML and our own dataclasses raise into one line from `what` to `remedy`."""
     try:
         yield
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+            # Else a word or a file would be quoted, with arrows under it that one line cannot hold.
+            error = ValueError(f"no YAML: {error.problem} in line {error.problem_mark.line + 1}")
         # OmegaConf adds lines about its own types, and forgets to fill in a value that is inside a list.
         noise = ("reference_type=", "object_type=", f"full_key: {what.partition('=')[0]}")
         lines = [line.strip() for line in str(error).splitlines()]
         text = " ".join(line for line in lines if line and not line.startswith(noise))
         text = text.replace("'$VALUE' of type '$VALUE_TYPE'", "in it").replace("'$VALUE'", "in it")
-        raise UserError(f"{what}: {text.replace('self.', '')}") from error
+        raise UserError(f"{what}: {text.replace('self.', '')}{remedy and f'; {remedy}'}") from error

@@ -27,9 +27,9 @@ from experiments.status import (
     add_job,
     count,
     duration,
+    look,
     loss_text,
     rate_text,
-    read_status,
     sweep_eta,
 )
 
@@ -81,7 +81,7 @@ def overview(runs: Sequence[Run], runtime: Runtime) -> Overview:
         jobs, silent = {}, str(error)
     rows = []
     for run, run_dir in zip(runs, dirs, strict=True):
-        row, job = read_status(run, run_dir), jobs.get(run.spec.run_id)
+        row, job = look(run, run_dir), jobs.get(run.spec.run_id)
         rows.append(row if silent else add_job(row, job, run_dir))
     at_work = sum(row.state in ("running", "starting") for row in rows)
     return Overview(rows, max(1, at_work) if jobs else len(places(runtime)), silent)

@@ -38,6 +38,9 @@ INTERRUPTED_CODE = 3
 PARENT_VARIABLE = "ENGRAM_WORKER"
 """Process id that a worker stops without: set by whoever starts it and must not be outlived by it."""
 
+FINAL_KEYS = {"result": ("steps", "valid_loss"), "cost": ("seconds", "tokens_per_s")}
+"""What every final.json holds, and commands that only look at runs read."""
+
 FROZEN = "FROZEN.json"
 """In a copy of the code that was made for jobs (`experiments.frozen`): its commit, and whether it was changed."""
 
@@ -157,11 +160,17 @@ class RunDir:
         """
         path = self.path / "final.json"
         try:
-            return dict(json.loads(path.read_text()))
+            final = json.loads(path.read_text())
+            if final["status"] not in ("final", "diverged"):
+                raise ValueError(f"status {final['status']!r}")
+            # Looked up, not used: whoever reads on may rely on these.
+            _ = [final[part][key] for part, keys in FINAL_KEYS.items() for key in keys]
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is damaged ({error}): delete it and launch again") from error
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path} is damaged ({why}): delete it and launch again") from error
+        return dict(final)
 
     def write_final(self, final: dict[str, Any]) -> None:
         """Write final.json at once and whole."""

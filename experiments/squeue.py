@@ -102,7 +102,8 @@ def jobs_of(run_dirs: Iterable[RunDir]) -> dict[str, Job]:
     Raises:
         SlurmSilent: there are records, but nobody to ask.
     """
-    undone = [run_dir for run_dir in run_dirs if run_dir.final() is None]
+    # Whether it can be read is another question: no job works on a run that has one.
+    undone = [run_dir for run_dir in run_dirs if not (run_dir.path / "final.json").exists()]
     records = {run_dir.path.name: record for run_dir in undone if (record := record_of(run_dir)) is not None}
     if not records:
         return {}

@@ -13,7 +13,7 @@ from typing import Literal
 from experiments.failures import last_words
 from experiments.plan import short
 from experiments.rundir import RunDir, State, last_line, last_lines
-from experiments.settings import Run
+from experiments.settings import Run, UserError
 from experiments.squeue import Job, record_of
 
 RunState = State | Literal["queued", "requeued", "starting"]
@@ -114,6 +114,14 @@ def read_status(run: Run, run_dir: RunDir, state: State | None = None) -> RunSta
         log=str(run_dir.path / "train.log"),
         host=host,
     )
+
+
+def look(run: Run, run_dir: RunDir) -> RunStatus:
+    """The same for whoever shows all runs of a suite: a damaged one counts as failed, and hides no other."""
+    try:
+        return read_status(run, run_dir)
+    except UserError as error:
+        return replace(read_status(run, run_dir, "failed"), error=str(error))
 
 
 def add_job(row: RunStatus, job: Job | None, run_dir: RunDir) -> RunStatus:

@@ -188,11 +188,11 @@ def edit_config(place: Place) -> None:
     ("command", "harm", "said"),
     [
         ("launch", lambda place: cut(place.run_dir / "final.json"), "final.json is damaged"),
-        ("status", lambda place: cut(place.run_dir / "final.json"), "final.json is damaged"),
+        ("launch", lambda place: cut(place.run_dir / "config.yaml"), "config.yaml: "),
         ("launch", lambda place: cut(place.shards / "train.bin"), "train.bin has"),
         ("status", lambda place: cut(place.shards / "manifest.json"), "manifest.json is damaged"),
     ],
-    ids=["launch, final.json", "status, final.json", "launch, train.bin", "status, manifest.json"],
+    ids=["launch, final.json", "launch, config.yaml", "launch, train.bin", "status, manifest.json"],
 )
 def test_damage_is_named_with_a_remedy_and_left_as_it_is(
     command: str, harm: Callable[[Place], None], said: str, place: Place
@@ -201,7 +201,7 @@ def test_damage_is_named_with_a_remedy_and_left_as_it_is(
     before = place.files()
     line = refusal(call("experiments", command, *place.words()))
     assert said in line
-    assert "delete" in line
+    assert "delete" in line or "move its directory away" in line
     assert place.files() == before
 
 

@@ -19,7 +19,11 @@ from experiments.rundir import RunBusy, RunDir, last_line, last_lines
 from experiments.settings import UserError
 
 ROOT = Path(__file__).parent.parent
-FINAL = {"status": "final", "result": {"valid_loss": 4.0}, "cost": {"seconds": 1.0}}
+FINAL = {
+    "status": "final",
+    "result": {"steps": 5, "valid_loss": 4.0},
+    "cost": {"seconds": 1.0, "tokens_per_s": 100.0},
+}
 
 
 @pytest.fixture
@@ -82,8 +86,12 @@ def test_a_result_that_json_cannot_hold_leaves_no_file(run_dir: RunDir) -> None:
     assert [path.name for path in run_dir.path.iterdir()] == ["config.yaml"]
 
 
-def test_a_damaged_final_json_is_named_with_a_remedy(run_dir: RunDir) -> None:
-    (run_dir.path / "final.json").write_text('{"status": "fi')
+@pytest.mark.parametrize(
+    "text",
+    ['{"status": "fi', "\xff", "{}", "[1]", "1", '{"status": "final", "result": {}, "cost": {}}', '{"status": "over"}'],
+)
+def test_a_damaged_final_json_is_named_with_a_remedy(text: str, run_dir: RunDir) -> None:
+    (run_dir.path / "final.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"final\.json is damaged .*delete it and launch again"):
         run_dir.state()
 

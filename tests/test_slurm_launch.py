@@ -32,7 +32,9 @@ TESTS = Path(__file__).parent
 def test_only_what_is_missing_is_submitted(commands: Path, tmp_path: Path) -> None:
     runs_dir = tmp_path / "runs"
     final, queued, failed, here, new = (small_run(seed) for seed in range(5))
-    RunDir.create(runs_dir, final).write_final({"status": "final", "result": {}, "cost": {}})
+    RunDir.create(runs_dir, final).write_final(
+        {"status": "final", "result": {"steps": 5, "valid_loss": 4.0}, "cost": {"seconds": 1.0, "tokens_per_s": 1.0}}
+    )
     queue(commands, "7_0|engram-ab12|PENDING|0||(Priority)|")
     submitted(tmp_path, 1)
     RunDir.create(runs_dir, failed).note_attempt("failed", error="x")

@@ -142,6 +142,18 @@ def test_every_state_of_a_suite_is_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert "about 1m47s left on 2 workers" in lines
 
 
+def test_a_damaged_result_is_shown_as_failed_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [small_run(seed, STEPS) for seed in range(2)]
+    (working(tmp_path, runs[0], 20, 0.5).path / "final.json").write_text("[1]")
+    print_status(runs, Runtime(runs_dir=str(tmp_path), workers=1, device="cpu"))
+    said = capsys.readouterr().out
+    assert "2 runs: 1 failed, 1 planned" in said
+    assert "final.json is damaged" in said
+    assert "delete it and launch again" in said
+
+
 def test_a_loss_that_is_no_number_is_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_run()
     run_dir = working(tmp_path, run, 1, 1.0)
