@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BadFile, OSError) as error:
         print(f"analysis: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("analysis: stopped; files that were named are whole", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.errors import BadFile, UserError
@@ -123,12 +124,12 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read what `write_table` wrote.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or no run in it.
         BadFile: it is not a table of runs.
     """
     if not path.is_file():
         raise UserError(f"no table {path}: train runs with `make sweep`, then `python -m analysis collect`")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         header = file.readline().rstrip("\n").split(",")
     if missing := [name for name in COLUMNS if name not in header and name not in LATER]:
         raise BadFile(f"{path} lacks the columns {', '.join(missing)}: run `python -m analysis collect` again")
@@ -137,9 +138,25 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=first)
         table = table.reindex(columns=[*COLUMNS, *(name for name in table.columns if name not in COLUMNS)])
-        return _with_ratios(table.astype(dict(COLUMNS)))
+        table = _with_ratios(table.astype(dict(COLUMNS)))
     except (ValueError, TypeError) as error:
         raise BadFile(f"{path} is not a table of runs: {' '.join(str(error).split())}") from error
+    if table.empty:
+        raise UserError(f"the table {path} holds no run: train some, then `python -m analysis collect`")
+    _check_rows(table, path)
+    return table
+
+
+def _check_rows(table: pd.DataFrame, path: Path) -> None:
+    """Refuse rows that `collect` cannot have written: a torn file, or one that was edited."""
+    for column in (*NEEDED, "status"):
+        if (bad := table[column].isna()).any():
+            where = f"line {int(bad.to_numpy().argmax()) + 2}"
+            raise BadFile(f"{path} has no {column} in {where}: run `python -m analysis collect` again")
+    final = table[table["status"] == "final"]
+    if not (good := np.isfinite(final["valid_loss"]) & (final["valid_loss"] >= 0)).all():
+        row = final[~good].iloc[0]
+        raise BadFile(f"{path}: a final run needs a loss of at least 0, not {row['valid_loss']} ({row['run_id']})")
 
 
 def read_columns(path: Path, columns: Mapping[str, str], what: str) -> pd.DataFrame:

@@ -4,7 +4,7 @@ Suites and budgets are named in any order; `key=value` changes a budget for this
 
     python -m experiments plan paper-2e20
     python -m experiments data cpu-small --verify
-    python -m experiments launch allocation cpu-small seeds=[0] runtime.workers=1
+    python -m experiments launch allocation cpu-small 'seeds=[0]' runtime.workers=1
     python -m experiments launch allocation gpu-small --on slurm --profile slurm/one-gpu.yaml
     python -m experiments status allocation cpu-small --watch
     python -m experiments eval baselines cpu-small --tasks offline --data benchmarks

@@ -21,7 +21,7 @@ from experiments.plan import as_dicts, as_table, plan
 from experiments.pool import worker_flags
 from experiments.profiles import fit_runtime, load_profile
 from experiments.settings import Runtime, UserError
-from experiments.study import parse_study, runs_with_data
+from experiments.study import Study, parse_study, repeats, runs_with_data
 
 if TYPE_CHECKING:
     from experiments.finished import Finished
@@ -64,13 +64,20 @@ def command_launch(args: argparse.Namespace) -> int:
         raise UserError("--profile, --yes and --allow-dirty belong to --on slurm")
     study = parse_study(args.words)
     if args.dry_run:
-        return command_plan(args)
+        command_plan(args)
+        if not args.json:
+            print(_what_is_there(study))
+        return 0
+    if args.json:
+        raise UserError("--json belongs to --dry-run")
     runtime = study.budget.runtime
     if runtime.device == "cuda":
         from experiments.parallel import choose_device  # imports torch, which a launch can otherwise do without
 
         choose_device("cuda")
     runs, shards_path = runs_with_data(study, build=True)
+    if warning := repeats(study, shards_path):
+        print(warning)
     try:
         queued = jobs_of(RunDir(Path(runtime.runs_dir) / run.spec.run_id) for run in runs)
     except SlurmSilent as error:  # as at home, with run directories that come from a cluster
@@ -78,6 +85,20 @@ def command_launch(args: argparse.Namespace) -> int:
         queued = {}
     report = launch(runs, runtime, worker_flags(runtime, shards_path), elsewhere=queued)
     return report.exit_code
+
+
+def _what_is_there(study: Study) -> str:
+    """How much of a suite a launch would find done."""
+    from experiments.corpus import find
+    from experiments.rundir import RunDir
+
+    runtime = study.budget.runtime
+    if find(study.budget.data, Path(runtime.data_dir)) is None:
+        return f"a launch would build the shards of {study.budget.data.corpus} first, then train every run"
+    runs = runs_with_data(study, build=False)[0]
+    states = [RunDir(Path(runtime.runs_dir) / run.spec.run_id).state() for run in runs]
+    done = sum(state in ("final", "diverged") for state in states)
+    return f"in {runtime.runs_dir}: {done} of {len(runs)} done before, {len(runs) - done} to train"
 
 
 def _launch_on_slurm(args: argparse.Namespace) -> int:
@@ -101,8 +122,12 @@ def _launch_on_slurm(args: argparse.Namespace) -> int:
         said = describe(profile, todo, runtime)
         print(json.dumps(as_dict(profile, todo), indent=1) if args.json else "\n".join(said))
         return 0
+    if args.json:
+        raise UserError("--json belongs to --dry-run")
     check_ready(profile, runtime, allow_dirty=args.allow_dirty)
     runs, shards = runs_with_data(study, build=True)
+    if warning := repeats(study, shards):
+        print(warning)
     todo = decide(runs, Path(runtime.runs_dir), budget.flops_per_s)
     if not args.yes and not confirm(profile, todo.hours):
         print("nothing submitted")

@@ -68,8 +68,9 @@ A model from a study of how sparse capacity is best split between experts and n-
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+folder = "."  # where this card lies
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=20)
 ```
 

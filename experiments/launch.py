@@ -124,7 +124,7 @@ def summary(report: LaunchReport, runs: Sequence[Run], done_before: int, seconds
     lines += [f"failed: {failure.label}: {failure.error}\n  log: {failure.log}" for failure in report.failed]
     lines += [f"left to another process: {name[run_id]}" for run_id in report.skipped]
     if report.failed:
-        lines.append(f"{count(len(report.failed), 'run')} failed: launch again to retry")
+        lines.append(f"{count(len(report.failed), 'run')} failed: launch again once what is said of them is mended")
     if report.interrupted or report.not_started:
         stopped, rest = len(report.interrupted), len(report.not_started)
         lines.append(f"interrupted: {stopped} stopped part-way, {rest} not started; the same command goes on from here")

@@ -220,8 +220,10 @@ class Budget:
             raise ValueError(f"data.vocab_size={taken} tokens do not fit into backbone.vocab_size={room}")
         if not 0 <= self.engram.tables.pad_id < self.backbone.vocab_size:
             raise ValueError(f"engram.tables.pad_id={self.engram.tables.pad_id} is no token of the vocabulary")
-        if not self.seeds:
-            raise ValueError("seeds=[] leaves nothing to run: give at least one")
+        if not self.seeds or not self.rhos:
+            raise ValueError(f"seeds={list(self.seeds)}, rhos={list(self.rhos)}: give at least one of each")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds={list(self.seeds)}: a seed is a number from 0 on")
         if not 0 <= self.control_rho < 1:
             raise ValueError(f"{self.control_rho=} must lie in [0, 1): at 1 there is no memory to control")
         if self.flops_per_s <= 0 or self.large_memory_factor <= 0:

@@ -43,6 +43,9 @@ class Shards:
             raise UserError(
                 f"no shards in {path}: manifest.json is damaged ({type(error).__name__}: {error}); {self._remedy()}"
             ) from error
+        for name in self._decisive["files"]:
+            if not (path / name).is_file():  # else every worker would find it out for itself
+                raise self._damaged(name, "it is not there")
 
     @cached_property
     def hash(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from experiments.loading import DEFAULT_BUDGET, budget_names, load_budget
@@ -51,15 +52,33 @@ def parse_study(words: Sequence[str]) -> Study:
     overrides = tuple(word for word in words if "=" in word)
     suites = [word for word in words if word in SUITES]
     budgets = [word for word in words if "=" not in word and word not in SUITES]
+    known = (*SUITES, *budget_names())
+    unknown = [word for word in budgets if word not in known and not word.endswith((".yaml", ".yml"))]
+    if unknown:
+        near = get_close_matches(unknown[0], known, 1)
+        raise UserError(
+            f"{unknown[0]!r} is no suite ({', '.join(SUITES)}) and no budget ({', '.join(budget_names())}, or a YAML "
+            f"file's path){f': did you mean {near[0]}?' if near else ''}"
+        )
     if len(suites) > 1 or len(budgets) > 1:
         raise UserError(f"name one suite and one budget, not {' '.join(suites + budgets)}")
-    if budgets and budgets[0] not in budget_names() and not budgets[0].endswith((".yaml", ".yml")):
-        raise UserError(
-            f"{budgets[0]!r} is no suite ({', '.join(SUITES)}) and no budget ({', '.join(budget_names())}, "
-            "or a YAML file's path)"
-        )
     budget = load_budget(budgets[0] if budgets else DEFAULT_BUDGET, overrides)
     return Study(suites[0] if suites else budget.suite, budget)
+
+
+MANY_EPOCHS = 4
+"""Text that is read more often teaches visibly less each time (Muennighoff et al. 2023, arXiv 2305.16264)."""
+
+
+def repeats(study: Study, shards: Path) -> str | None:
+    """What to say of runs that read their text many times over; None where they do not."""
+    from experiments.shards import Shards
+
+    text = Shards(shards).manifest["splits"]["train"]["tokens"]
+    epochs = study.budget.train.tokens / text
+    if epochs <= MANY_EPOCHS:
+        return None
+    return f"note: {study.budget.train.tokens:,} tokens a run are {epochs:,.1f} times the {text:,} tokens of text"
 
 
 def runs_with_data(study: Study, *, build: bool) -> tuple[list[Run], Path]:

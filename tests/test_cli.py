@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from experiments.rundir import RunDir
+from experiments.shards import Shards
+from experiments.study import parse_study, repeats
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +112,24 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+# What a launch says before it begins
+
+
+def test_a_dry_run_says_what_is_there_and_a_launch_how_often_its_text_is_read(place: Place, tmp_path: Path) -> None:
+    done = call("experiments", "launch", *place.words(), "--dry-run")
+    assert "1 of 1 done before, 0 to train" in done.stdout
+    elsewhere = Place(tmp_path / "elsewhere", place.budget)
+    assert "would build the shards" in call("experiments", "launch", *elsewhere.words(), "--dry-run").stdout
+    assert not elsewhere.path.exists()
+    study, text = parse_study(place.words()), Shards(place.shards).manifest["splits"]["train"]["tokens"]
+    for times, said in (
+        (4, None),
+        (10, f"note: {10 * text:,} tokens a run are 10.0 times the {text:,} tokens of text"),
+    ):
+        budget = replace(study.budget, train=replace(study.budget.train, tokens=times * text))
+        assert repeats(replace(study, budget=budget), place.shards) == said
+
+
 # What is asked for wrongly
 
 
@@ -120,7 +140,12 @@ def cut(path: Path) -> None:
             ["plan", "cpu-smal"],
             "'cpu-smal' is no suite (allocation, sparsity, horizon",
         ),
-        (["plan", "alocation", "cpu-smoke"], "name one suite and one budget, not alocation cpu-smoke"),
+        (["plan", "alocation", "cpu-smoke"], "or a YAML file's path): did you mean allocation?"),
+        (
+            ["plan", "allocation", "cpu-smoke", "cpu-small"],
+            "name one suite and one budget, not allocation cpu-smoke cpu-small",
+        ),
+        (["launch", "cpu-smoke", "--json"], "--json belongs to --dry-run"),
         (["plan", "nowhere.yaml"], "no budget 'nowhere.yaml'"),
         (["plan", "train.token=5"], "train.token=5: Key 'token' not in 'TrainConfig'"),
         (["plan", "suite=nothing"], "no suite 'nothing': choose one of allocation, sparsity"),

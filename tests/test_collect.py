@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,29 @@ def test_a_table_that_lacks_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text("run_id,seed\nra,0\n")
     with pytest.raises(BadFile, match="lacks the columns status, schema"):
         read_table(tmp_path / "runs.csv")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda text: text[: text.rindex("allocation")], r"has no \w+ in line 3"),
+        (lambda text: text.replace("4.0", "inf", 1), r"a loss of at least 0, not inf \(ra\)"),
+        (lambda text: text.replace("4.0", "-4.0", 1), r"a loss of at least 0, not -4\.0 \(ra\)"),
+        (lambda text: text.splitlines()[0] + "\n", "holds no run"),
+        (lambda text: "\udcff\udcfe" + text, "lacks the columns run_id"),
+    ],
+    ids=["cut", "infinite", "negative", "empty", "binary"],
+)
+def test_a_table_that_collect_cannot_have_written_is_refused_with_the_place(
+    harm: Callable[[str], str], said: str, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("ra", "rb")):
+        write_run(tmp_path, name, seed=seed, suite="allocation", valid_loss=4.0, rho_target=0.8, variant=None)
+    write_table(collect(tmp_path), path := tmp_path / "runs.csv")
+    path.write_bytes(harm(path.read_text()).encode(errors="surrogateescape"))
+    with pytest.raises((BadFile, UserError), match=said) as error:
+        read_table(path)
+    assert str(path) in str(error.value)
 
 
 def test_a_missing_table_says_which_command_makes_it(tmp_path: Path) -> None:

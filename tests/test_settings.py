@@ -126,6 +126,8 @@ def test_an_unknown_key_or_a_wrong_type_is_refused_with_key_and_value(override: 
         ("rhos=[0.5,1.5]", "not [1.5]"),
         ("rhos=[nan]", "not [nan]"),
         ("seeds=[]", "seeds=[]"),
+        ("rhos=[]", "rhos=[]"),
+        ("seeds=[0,-1]", "seeds=[0, -1]: a seed is a number from 0 on"),
         ("control_rho=1.0", "control_rho=1.0"),
         ("flops_per_s=0", "flops_per_s=0.0"),
         ("runtime.workers=-1", "runtime.workers=-1 must be at least 0"),

@@ -264,12 +264,17 @@ def test_verifying_finds_one_flipped_byte_anywhere(name: str, place: float, copy
 
 
 @pytest.mark.parametrize("name", FILES[2:])
-@pytest.mark.parametrize("harm", ["missing", "empty", "cut"])
+def test_a_missing_tokenizer_or_byte_table_is_refused_when_shards_are_opened(name: str, copy: Path) -> None:
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} is damaged \(it is not there\): delete .* again$"):
+        Shards(copy)
+
+
+@pytest.mark.parametrize("name", FILES[2:])
+@pytest.mark.parametrize("harm", ["empty", "cut"])
 def test_a_broken_tokenizer_or_byte_table_is_refused_by_name_when_it_is_used(harm: str, name: str, copy: Path) -> None:
     raw = (copy / name).read_bytes()
-    (copy / name).unlink()
-    if harm != "missing":
-        (copy / name).write_bytes(b"" if harm == "empty" else raw[:-7])
+    (copy / name).write_bytes(b"" if harm == "empty" else raw[:-7])
     shards = Shards(copy)
     for use in (shards.verify, lambda: shards.token_bytes if name == "token_bytes.npy" else shards.tokenizer):
         with pytest.raises(UserError, match=rf"{name} is .*: delete .* again$") as error:
