@@ -52,9 +52,9 @@ def optimum_place(dossier: Dossier) -> Answer | None:
 
 def optimum_stable(dossier: Dossier) -> Answer | None:
     """The line of the best rho over log10 FLOPs through this budget and all others of the table that have one curve of
-    equal corpus and code: reproduced if the interval of its
-    slope lies within 0.1 for ten times the FLOPs, contradicted if beyond, else undecided; not run with one budget.
-    Undecided too if a budget's lowest loss is on an edge of its grid."""
+    equal corpus and code: reproduced if the interval of its slope lies within 0.1 for ten times the FLOPs, contradicted
+    if beyond, else undecided; not run with one budget. Undecided too if a budget's lowest loss is on an edge of its
+    grid."""
     return _moves(dossier.across, "FLOPs")
 
 

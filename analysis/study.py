@@ -68,16 +68,18 @@ def split(table: pd.DataFrame, budget: str | None = None) -> dict[str, pd.DataFr
         raise UserError(f"no finished runs of budget {budget}: the table holds {', '.join(budgets) or 'none'}")
     chosen = budgets if budget is None else [budget]
     found: dict[str, pd.DataFrame] = {}
+    lost = []
     for name in chosen:
         of_budget = table[table["budget"] == name]
         rows = rows_of_suite(of_budget, ALLOCATION)
         final, diverged = rows[rows["status"] == "final"], rows[rows["status"] == "diverged"]
+        lost += [name] if len(diverged) and final.empty else []
         sweeps = [group for group in alike(final, SAME) if (group["arm"] == ALLOCATION).any()]
         for place, group in zip(names_of(name, sweeps, of_budget), sweeps, strict=True):
             found[place] = pd.concat([group, _gaps(diverged, group)])
     if not found:
-        if (rows["status"] == "diverged").all() and len(rows):
-            raise UserError(f"all {len(rows)} runs of the allocation sweep of {name} diverged: lower train.optim.lr")
+        if lost:
+            raise UserError(f"all runs of the allocation sweep of {', '.join(lost)} diverged: lower train.optim.lr")
         raise UserError(f"no allocation sweep among the runs of {', '.join(chosen)}: train one with `make sweep`")
     return found
 

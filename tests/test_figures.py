@@ -99,6 +99,11 @@ def test_seeds_of_another_budget_under_the_same_name_are_not_pooled() -> None:
     assert max(read_study("b", studies["b_budget_hash-aaaaaaaaaa"]).sweep.seeds) < 10
 
 
+def test_a_sweep_that_diverged_as_a_whole_is_said_to_have() -> None:
+    with pytest.raises(UserError, match=r"all runs of the allocation sweep of b diverged: lower train\.optim\.lr"):
+        split(make_table().assign(status="diverged"))
+
+
 def test_two_runs_of_one_place_are_refused_with_their_names() -> None:
     table = make_table()
     twin = table.iloc[[3]].assign(run_id="rtwin")
