@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"analysis: {error}", file=sys.stderr)
         return 2
-    except (BadFile, OSError) as error:
+    except OSError as error:
+        is_barred = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        print(f"analysis: {error}{'; --table and --out name other places' if is_barred else ''}", file=sys.stderr)
+        return 2 if is_barred else 1
+    except BadFile as error:
         print(f"analysis: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

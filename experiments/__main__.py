@@ -16,6 +16,7 @@ Exit codes: 0 done, 1 a run failed, 2 a mistake in what was asked, 3 (run) or 13
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -177,8 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        is_barred = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        remedy = (
+            "; runtime.runs_dir, runtime.data_dir and the place of an export may lie elsewhere" if is_barred else ""
+        )
+        print(f"error: {error}{remedy}", file=sys.stderr)
+        return 2 if is_barred else 1
     except Exception as error:
         traceback.print_exc()
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)

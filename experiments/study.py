@@ -75,10 +75,10 @@ def repeats(study: Study, shards: Path) -> str | None:
     from experiments.shards import Shards
 
     text = Shards(shards).manifest["splits"]["train"]["tokens"]
-    epochs = study.budget.train.tokens / text
-    if epochs <= MANY_EPOCHS:
+    tokens = max(run.spec.train.tokens for run in study.planned())
+    if tokens <= MANY_EPOCHS * text:
         return None
-    return f"note: {study.budget.train.tokens:,} tokens a run are {epochs:,.1f} times the {text:,} tokens of text"
+    return f"note: runs of up to {tokens:,} tokens read a text of {text:,} tokens {tokens / text:,.1f} times"
 
 
 def runs_with_data(study: Study, *, build: bool) -> tuple[list[Run], Path]:

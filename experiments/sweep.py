@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 from experiments.display import Display, Snapshot
-from experiments.failures import Marks, marks_of, why_it_failed
+from experiments.failures import Marks, marks_of, noted_failure, why_it_failed
 from experiments.rundir import INTERRUPTED_CODE, RunDir
 from experiments.settings import Run
 from experiments.status import RunStatus, count, duration, loss_text, read_status, sweep_eta
@@ -201,6 +202,9 @@ class Sweep:
             said = f"stop  {task.row.label}: at step {task.row.step} of {task.row.steps}"
         elif code != 0:
             task.outcome, task.error = "failed", why_it_failed(task.run_dir, task.marks, code)
+            if noted_failure(task.run_dir, task.marks) is None:
+                with suppress(OSError):  # a killed worker could not say it, and `status` asks for it
+                    task.run_dir.note_attempt("failed", error=task.error)
             said = f"FAIL  {task.row.label}: {task.error}"
         elif self._settle(task):
             if fresh and task.outcome == "final":

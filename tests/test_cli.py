@@ -5,6 +5,7 @@ Everything goes through real processes, as a user types it, from the repository'
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from analysis.__main__ import main as analysis_main
+from experiments.__main__ import main as experiments_main
 from experiments.rundir import RunDir
 from experiments.shards import Shards
 from experiments.study import parse_study, repeats
@@ -122,10 +125,8 @@ def test_a_dry_run_says_what_is_there_and_a_launch_how_often_its_text_is_read(pl
     assert "would build the shards" in call("experiments", "launch", *elsewhere.words(), "--dry-run").stdout
     assert not elsewhere.path.exists()
     study, text = parse_study(place.words()), Shards(place.shards).manifest["splits"]["train"]["tokens"]
-    for times, said in (
-        (4, None),
-        (10, f"note: {10 * text:,} tokens a run are 10.0 times the {text:,} tokens of text"),
-    ):
+    often = f"note: runs of up to {10 * text:,} tokens read a text of {text:,} tokens 10.0 times"
+    for times, said in ((4, None), (10, often)):
         budget = replace(study.budget, train=replace(study.budget.train, tokens=times * text))
         assert repeats(replace(study, budget=budget), place.shards) == said
 
@@ -352,3 +353,20 @@ def test_an_unknown_option_or_command_is_refused_by_the_parser(words: list[str])
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("usage: python -m experiments")
+
+
+def test_a_place_that_cannot_be_written_is_named_with_what_chooses_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a read-only disk says it; root, who runs these tests in many places, may write anywhere else."""
+
+    def barred(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "/ro/.lock")
+
+    monkeypatch.setattr("experiments.commands.parse_study", barred)
+    monkeypatch.setattr("analysis.__main__._claims", barred)
+    for main, word, remedy in ((experiments_main, "data", "runtime.data_dir"), (analysis_main, "claims", "--out")):
+        assert main([word]) == 2
+        line = capsys.readouterr().err
+        assert "Read-only file system: '/ro/.lock'; " in line
+        assert remedy in line

@@ -150,6 +150,8 @@ def test_a_worker_that_was_killed_is_a_failure_with_a_reason(place: Place) -> No
     place.plan(0.01, **{run.spec.run_id: "die"})
     (failure,) = place.launch([run]).failed
     assert failure.error == "killed by signal 9 (Killed); out of memory is the usual reason"
+    assert place.states([run]) == ["failed"], "the next `status` does not know"
+    assert place.lines(run, "attempts.jsonl")[-1]["error"] == failure.error
 
 
 def test_a_worker_that_noted_nothing_is_explained_by_its_own_output(place: Place) -> None:
