@@ -31,8 +31,11 @@ class Arm:
     """Seeds with a final run."""
     loss: tuple[float, ...]
     """Validation loss of those seeds, nats per token."""
+    side_by_side: tuple[float, ...]
+    """Of these the losses of seeds that every rho has finished, or all if there is none: a mean over other seeds than a
+    neighbour's would differ from it by the seeds."""
     bpb: float | None
-    """Mean bits per byte."""
+    """Mean bits per byte, over the same seeds."""
     n_diverged: int
     first: dict[str, Any]
     """One of the rows, for what all of them share; missing values are None."""
@@ -154,6 +157,8 @@ def _refuse_twins(rows: pd.DataFrame) -> None:
 
 def _arm(rows: pd.DataFrame, sweep: Sweep, curve: dict[float, Difference]) -> Arm:
     final = rows[(rows["status"] == "final") & rows["valid_loss"].notna()]
+    shared = final[final["seed"].isin(sweep.seeds)]
+    shared = final if shared.empty else shared
     first = plain(rows.iloc[0])
     seeds, losses = tuple(final["seed"].tolist()), tuple(final["valid_loss"].tolist())
     if first["arm"] == ALLOCATION and first["mode"] == "paper":
@@ -166,7 +171,8 @@ def _arm(rows: pd.DataFrame, sweep: Sweep, curve: dict[float, Difference]) -> Ar
         rho=first["rho"],
         seeds=seeds,
         loss=losses,
-        bpb=float(final["valid_bpb"].mean()) if final["valid_bpb"].notna().any() else None,
+        side_by_side=tuple(shared["valid_loss"].tolist()),
+        bpb=float(shared["valid_bpb"].mean()) if shared["valid_bpb"].notna().any() else None,
         n_diverged=int((rows["status"] == "diverged").sum()),
         first=first,
         difference=difference,

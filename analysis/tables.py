@@ -33,7 +33,7 @@ def allocation(study: Study, warning: str = "") -> str:
         "",
         "| " + " | ".join(HEADER) + " |",
         "| --- |" + " ---: |" * (len(HEADER) - 1),
-        *("| " + " | ".join(_cells(arm, study.sweep.seeds)) + " |" for arm in arms),
+        *("| " + " | ".join(_cells(arm)) + " |" for arm in arms),
         "",
         NOTE,
     ]
@@ -114,11 +114,8 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
-def _cells(arm: Arm, whole: Sequence[int]) -> tuple[str, ...]:
-    row = arm.first
-    # A mean over more seeds than its neighbours' would differ from them by the seeds.
-    losses = [loss for seed, loss in zip(arm.seeds, arm.loss, strict=True) if seed in whole] or list(arm.loss)
-    n = len(losses)
+def _cells(arm: Arm) -> tuple[str, ...]:
+    row, losses, n = arm.first, arm.side_by_side, len(arm.side_by_side)
     sizes = (
         _whole(row["n_routed_experts"]),
         _whole(row["n_slots"]),

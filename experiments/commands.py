@@ -58,6 +58,8 @@ def command_launch(args: argparse.Namespace) -> int:
     from experiments.rundir import RunDir
     from experiments.squeue import SlurmSilent, jobs_of
 
+    if args.json and not args.dry_run:
+        raise UserError("--json belongs to --dry-run")
     if args.on == "slurm":
         return _launch_on_slurm(args)
     if args.profile or args.yes or args.allow_dirty:
@@ -68,8 +70,6 @@ def command_launch(args: argparse.Namespace) -> int:
         if not args.json:
             print(_what_is_there(study))
         return 0
-    if args.json:
-        raise UserError("--json belongs to --dry-run")
     runtime = study.budget.runtime
     if runtime.device == "cuda":
         from experiments.parallel import choose_device  # imports torch, which a launch can otherwise do without
@@ -122,8 +122,6 @@ def _launch_on_slurm(args: argparse.Namespace) -> int:
         said = describe(profile, todo, runtime)
         print(json.dumps(as_dict(profile, todo), indent=1) if args.json else "\n".join(said))
         return 0
-    if args.json:
-        raise UserError("--json belongs to --dry-run")
     check_ready(profile, runtime, allow_dirty=args.allow_dirty)
     runs, shards = runs_with_data(study, build=True)
     if warning := repeats(study, shards):

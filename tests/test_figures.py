@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def test_seeds_of_another_budget_under_the_same_name_are_not_pooled() -> None:
     studies = split(pd.concat([first, other]))
     assert set(studies) == {"b_budget_hash-aaaaaaaaaa", "b_budget_hash-bbbbbbbbbb"}
     assert max(read_study("b", studies["b_budget_hash-aaaaaaaaaa"]).sweep.seeds) < 10
+
+
+def test_means_of_the_table_are_over_the_seeds_that_every_rho_has() -> None:
+    table = make_table()
+    one = table[(table["arm"] == "allocation") & (table["rho"] == 1)].iloc[[0]]
+    extra = one.assign(seed=99, run_id="rextra", valid_loss=9.0, valid_bpb=9.0)
+    more, before = (
+        [line for line in tables.allocation(study_of(rows)).splitlines() if line.startswith("|")]
+        for rows in (pd.concat([table, extra]), table)
+    )
+    assert [re.sub(r"(\d) of \d", r"\1", line) for line in more] == before != more
 
 
 def test_a_sweep_that_diverged_as_a_whole_is_said_to_have() -> None:
